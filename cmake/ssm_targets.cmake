@@ -1,0 +1,115 @@
+# The build's vocabulary: ssm_sources, ssm_op, ssm_test, ssm_bench, ssm_fuzz.
+
+# Compile and link options of everything built here.
+add_library(ssm_options INTERFACE)
+if(SSM_DEV)
+  target_compile_options(ssm_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Werror -Wno-unknown-pragmas)
+endif()
+if(SSM_SANITIZE)
+  target_compile_options(ssm_options INTERFACE -fsanitize=${SSM_SANITIZE} -fno-omit-frame-pointer
+                                               -fno-sanitize-recover=all)
+  target_link_options(ssm_options INTERFACE -fsanitize=${SSM_SANITIZE})
+endif()
+
+function(ssm_dependencies)
+  find_package(OpenMP REQUIRED)
+  find_package(fmt REQUIRED)
+  find_package(nlohmann_json REQUIRED)
+  find_package(PkgConfig REQUIRED)
+  pkg_check_modules(hwy REQUIRED IMPORTED_TARGET libhwy)
+  pkg_check_modules(pcre2 REQUIRED IMPORTED_TARGET libpcre2-8)
+  pkg_check_modules(utf8proc REQUIRED IMPORTED_TARGET libutf8proc)
+  pkg_check_modules(zstd REQUIRED IMPORTED_TARGET libzstd)
+  target_include_directories(ssm PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}>
+                                        $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+  target_compile_features(ssm PUBLIC cxx_std_20)
+  target_link_libraries(ssm PUBLIC fmt::fmt OpenMP::OpenMP_CXX
+                            PRIVATE $<BUILD_INTERFACE:ssm_options> nlohmann_json::nlohmann_json
+                                    PkgConfig::hwy PkgConfig::pcre2 PkgConfig::utf8proc PkgConfig::zstd)
+  if(SSM_ONEDNN)
+    find_package(dnnl REQUIRED)
+    target_link_libraries(ssm PRIVATE DNNL::dnnl)
+    target_compile_definitions(ssm PRIVATE SSM_HAS_ONEDNN=1)
+  endif()
+  # Of Highway's x86 targets keep the baseline, AVX2 and AVX-512: SSSE3 and SSE4 add compile time, not speed.
+  target_compile_definitions(ssm PRIVATE "HWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4)")
+endfunction()
+
+# ssm_sources(dir files...): adds files to the library; *.h among them are public headers.
+function(ssm_sources)
+  foreach(file ${ARGN})
+    cmake_path(ABSOLUTE_PATH file OUTPUT_VARIABLE path)
+    if(file MATCHES "\\.h$")
+      target_sources(ssm PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${path})
+    else()
+      target_sources(ssm PRIVATE ${path})
+    endif()
+  endforeach()
+endfunction()
+
+# ssm_test(file.cpp [LABELS ...] [LIBRARIES ...]): one test program, its cases discovered by ctest.
+function(ssm_test file)
+  if(NOT SSM_DEV)
+    return()
+  endif()
+  cmake_parse_arguments(arg "" "" "LABELS;LIBRARIES" ${ARGN})
+  cmake_path(GET file STEM name)
+  add_executable(${name} ${file})
+  target_link_libraries(${name} PRIVATE ssm::ssm ssm_options GTest::gtest_main nlohmann_json::nlohmann_json
+                                        ${arg_LIBRARIES})
+  if(arg_LABELS)
+    gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES LABELS "${arg_LABELS}")
+  else()
+    gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60)
+  endif()
+endfunction()
+
+# ssm_bench(file.cpp): one Google Benchmark program; it refuses to time a wrong answer.
+function(ssm_bench file)
+  if(NOT SSM_DEV)
+    return()
+  endif()
+  cmake_path(GET file STEM name)
+  add_executable(${name} ${file})
+  target_link_libraries(${name} PRIVATE ssm::ssm ssm_options benchmark::benchmark_main)
+endfunction()
+
+# ssm_fuzz(file.cpp): a libFuzzer target.
+function(ssm_fuzz file)
+  if(NOT SSM_FUZZ)
+    return()
+  endif()
+  cmake_path(GET file STEM name)
+  add_executable(${name} ${file})
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  target_link_libraries(${name} PRIVATE ssm::ssm ssm_options nlohmann_json::nlohmann_json)
+endfunction()
+
+# ssm_op(name): the operator in ssm/ops/name: contract, front, CPU kernel, and where present its private
+# header, CUDA kernel, test and benchmark.
+function(ssm_op name)
+  set(dir ${CMAKE_CURRENT_SOURCE_DIR}/${name})
+  ssm_sources(${dir}/${name}.h)
+  foreach(suffix .cpp _cpu.cpp)
+    if(EXISTS ${dir}/${name}${suffix})
+      ssm_sources(${dir}/${name}${suffix})
+    endif()
+  endforeach()
+  if(EXISTS ${dir}/${name}_test.cpp)
+    ssm_test(${dir}/${name}_test.cpp)
+  endif()
+  if(EXISTS ${dir}/${name}_bench.cpp)
+    ssm_bench(${dir}/${name}_bench.cpp)
+  endif()
+endfunction()
+
+function(ssm_install)
+  include(CMakePackageConfigHelpers)
+  install(TARGETS ssm EXPORT ssmTargets FILE_SET HEADERS)
+  install(EXPORT ssmTargets NAMESPACE ssm:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/ssm)
+  configure_package_config_file(cmake/ssmConfig.cmake.in ssmConfig.cmake
+                                INSTALL_DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/ssm)
+  write_basic_package_version_file(ssmConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+  install(FILES ${PROJECT_BINARY_DIR}/ssmConfig.cmake ${PROJECT_BINARY_DIR}/ssmConfigVersion.cmake
+          DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/ssm)
+endfunction()

@@ -1,0 +1,45 @@
+// Exec: where and how an operator runs. Passed to every operator; there is no global state.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "ssm/core/allocator.h"
+
+namespace ssm {
+
+enum class Device { cpu, cuda };
+
+// What a matrix product may round its f32 inputs to (accumulation is always f32).
+enum class MatmulPrecision { f32, bf16 };
+
+struct Exec {
+    Device device = Device::cpu;
+    int threads = 1;
+    MatmulPrecision matmul = MatmulPrecision::f32;
+    std::shared_ptr<Allocator> allocator = std::make_shared<Allocator>();
+};
+
+// Exec on the CPU with `threads` threads; 0 means every core this process may use.
+Exec make_cpu_exec(int threads = 0);
+
+// Scratch memory of an operator: T[count], returned to the allocator at the end of the scope.
+template <class T>
+class Scratch {
+public:
+    Scratch(const Exec& ex, size_t count)
+        : allocator_(ex.allocator.get()),
+          data_(reinterpret_cast<T*>(allocator_->take(count * sizeof(T), capacity_))) {}
+    ~Scratch() { allocator_->give(reinterpret_cast<std::byte*>(data_), capacity_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T* data() const { return data_; }
+    T& operator[](size_t i) const { return data_[i]; }
+
+private:
+    Allocator* allocator_;
+    size_t capacity_ = 0;
+    T* data_;
+};
+
+}  // namespace ssm

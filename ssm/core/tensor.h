@@ -1,0 +1,99 @@
+// Tensor: a dtype, a shape and shared storage. Row-major; the first dimension may have a stride, the rest
+// is dense (view.h). Copying a Tensor shares its storage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ssm/core/dtype.h"
+#include "ssm/core/error.h"
+#include "ssm/core/exec.h"
+#include "ssm/core/view.h"
+
+namespace ssm {
+
+using Shape = std::vector<int64_t>;
+
+// Product of the dimensions; throws when one is negative or the product overflows.
+int64_t element_count(const Shape& shape);
+std::string to_string(const Shape& shape);  // "[2, 3]"
+
+class Tensor {
+public:
+    Tensor() = default;  // empty: `if (!t)`
+
+    // From the Exec's allocator (activations) or from the system (parameters). Content undefined.
+    static Tensor empty(const Exec& ex, Shape shape, DType dtype = DType::f32);
+    static Tensor empty(Shape shape, DType dtype = DType::f32);
+    static Tensor zeros(const Exec& ex, Shape shape, DType dtype = DType::f32);
+    static Tensor zeros(Shape shape, DType dtype = DType::f32);
+    // Borrowed memory; `keep_alive` owns it (a mapped file, say).
+    static Tensor wrap(void* data, Shape shape, DType dtype, std::shared_ptr<void> keep_alive);
+    static Tensor from_floats(Shape shape, const std::vector<float>& values);
+
+    explicit operator bool() const { return data_ != nullptr; }
+    DType dtype() const { return dtype_; }
+    const Shape& shape() const { return shape_; }
+    int rank() const { return static_cast<int>(shape_.size()); }
+    int64_t dim(int i) const { return shape_.at(i < 0 ? shape_.size() + i : i); }
+    int64_t stride() const { return stride_; }
+    int64_t size() const { return element_count(shape_); }
+    size_t bytes() const { return static_cast<size_t>(size()) * size_of(dtype_); }
+    bool dense() const;
+    std::byte* raw() const { return data_; }
+
+    // The typed view; throws when T or R does not match. R = 1 flattens a dense tensor of any rank.
+    template <class T, int R>
+    View<T, R> view() const {
+        using Plain = std::remove_const_t<T>;
+        require(dtype_ == dtype_of<Plain>, "tensor", "dtype is {} where {} was expected", name_of(dtype_),
+                name_of(dtype_of<Plain>));
+        if constexpr (R == 1) {
+            require(dense(), "tensor", "{} is a strided slice where a dense tensor was expected",
+                    to_string(shape_));
+            return View<T, 1>(reinterpret_cast<T*>(data_), {size()}, 1);
+        } else {
+            require(rank() == R, "tensor", "rank of {} is not {}", to_string(shape_), R);
+            std::array<int64_t, R> s{};
+            for (int i = 0; i < R; ++i) s[i] = shape_[i];
+            return View<T, R>(reinterpret_cast<T*>(data_), s, stride_);
+        }
+    }
+    // An absent optional argument stays absent.
+    template <class T, int R>
+    View<T, R> view_if() const {
+        return *this ? view<T, R>() : View<T, R>{};
+    }
+    // First element of a dense tensor.
+    template <class T>
+    T* data() const {
+        return view<T, 1>().data;
+    }
+    float item() const;  // of a tensor with one f32 element
+
+    // Same storage, other window or shape.
+    Tensor columns(int64_t begin, int64_t end) const;  // of a matrix: [t d] -> [t end-begin], strided
+    Tensor rows(int64_t begin, int64_t end) const;     // of the first dimension
+    Tensor reshape(Shape shape) const;  // a strided slice may only split or join its inner dimensions
+    // New storage.
+    Tensor clone() const;
+    Tensor to(DType dtype) const;  // f32 <-> bf16, f16 -> f32, f64 -> f32; the same tensor if equal
+    void fill_zero() const;
+    void copy_from(const Tensor& other) const;  // same dtype and shape
+
+private:
+    std::shared_ptr<void> storage_;
+    std::byte* data_ = nullptr;
+    DType dtype_ = DType::f32;
+    Shape shape_;
+    int64_t stride_ = 0;
+};
+
+float f16_to_float(uint16_t bits);
+
+}  // namespace ssm

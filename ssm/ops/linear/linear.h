@@ -1,0 +1,63 @@
+// Linear layer: y = x W^T + bias.
+//
+//   y[t,o] = sum_i x[t,i] weight[o,i] + bias[o]
+//
+// Shapes     x: [t i]   weight: [o i]   bias: [o] f32 or absent   y: [t o].  Rows of x and y may be strided.
+// Types      (x, weight, y): (f32, f32, f32), (bf16, bf16, f32), (bf16, bf16, bf16), (f32, bf16, f32),
+//            (f32, bf16, bf16), (bf16, f32, f32), (bf16, f32, bf16). Mixed products run in bf16 when the
+//            weight is bf16.
+// Numerics   f32 accumulation; rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
+// Cost       2 t i o FLOP. t large: oneDNN, compute bound. t small (decoding): the weight is read once, bound
+// by
+//            memory: floor = o i sizeof(weight) / bandwidth.
+#pragma once
+
+#include <memory>
+
+#include "ssm/core/exec.h"
+#include "ssm/core/tensor.h"
+
+namespace ssm {
+
+// A weight [o i] and, made at the first product that wants it, its blocked copy for oneDNN ("packed once").
+// Cheap to copy; the copies share. Not for weights that training changes. Thread-safe.
+class PackedWeight {
+public:
+    PackedWeight() = default;
+    explicit PackedWeight(Tensor weight);  // [o i], dense, f32 or bf16
+    explicit operator bool() const { return state_ != nullptr; }
+    const Tensor& weight() const;  // [o i] as given
+
+    struct State;  // linear.cpp's
+    State& state() const { return *state_; }
+
+private:
+    std::shared_ptr<State> state_;
+};
+
+// For weights that do not change (inference): t small takes the matrix-vector kernels, t large oneDNN on the
+// packed copy.
+void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
+            const Tensor& y);
+
+// For weights that change (training). With ex.matmul == bf16, f32 inputs are rounded to bf16 first.
+void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
+            const Tensor& y);
+
+// Adds: grad_x += grad_y W,  grad_weight += grad_y^T x,  grad_bias += column sums of grad_y. Absent ones are
+// not computed. Gradients and weight f32; x f32 or bf16. With ex.matmul == bf16 the products' inputs are
+// rounded to bf16.
+void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
+                     View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
+                     View<float, 1> grad_bias);
+
+// C[m,n] = alpha op(A) op(B) + beta C in f32 (op = transpose if asked); the building block for other
+// operators. Runs on ex.threads threads, or on the calling one inside a parallel region.
+struct MatmulOptions {
+    bool transpose_a = false, transpose_b = false;
+    float alpha = 1.0f, beta = 0.0f;
+};
+void matmul(const Exec& ex, View<const float, 2> a, View<const float, 2> b, View<float, 2> c,
+            const MatmulOptions& options = {});
+
+}  // namespace ssm

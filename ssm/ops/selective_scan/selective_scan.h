@@ -1,0 +1,81 @@
+// Selective scan (S6): a linear recurrence with diagonal, input-dependent decay, discretised, read out,
+// skipped and gated in one pass.
+//
+//   dt[t,d]  = delta[t,d] + delta_bias[d],  then softplus if `delta_softplus`
+//   h[t,d,n] = exp(dt[t,d] A[d,n]) h[t-1,d,n] + dt[t,d] B[t,n] u[t,d]        h[-1] = initial_state or 0
+//   y[t,d]   = (sum_n C[t,n] h[t,d,n] + D[d] u[t,d]) silu(z[t,d])            D, z optional
+//
+// Source     Gu & Dao 2023 (Mamba), algorithm 2; B discretised by Euler's rule as in their code.
+// Shapes     u, z, y: [t d] of T (f32 or bf16)   delta: [t d] f32   A: [d n] f32 (negative)   B, C: [t n] f32
+//            D, delta_bias: [d] f32   cu_seqlens: [s+1]   initial_state, final_state: [s d n] f32
+//            Rows may be strided (slices of a projection). `y` may alias `u` or `z`, not the rest.
+// Numerics   state and sums in f32; rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16 activations).
+// Cost       per token and channel: n exp, 5n + 12 FLOP; (3 T-sized + 4) bytes streamed. Bound by exp, not by
+//            memory: the state stays in registers and is never written per token.
+#pragma once
+
+#include "ssm/core/exec.h"
+#include "ssm/core/view.h"
+#include "ssm/ops/sequences.h"
+
+namespace ssm {
+
+template <class T>
+struct SelectiveScanInputs {
+    View<const T, 2> u;                  // [t d]
+    View<const float, 2> delta;          // [t d]
+    View<const float, 2> A;              // [d n]
+    View<const float, 2> B;              // [t n]
+    View<const float, 2> C;              // [t n]
+    View<const float, 1> D;              // [d] or absent
+    View<const T, 2> z;                  // [t d] or absent
+    View<const float, 1> delta_bias;     // [d] or absent
+    CuSeqlens cu_seqlens;                // [s+1]
+    View<const float, 3> initial_state;  // [s d n] or absent (zero)
+    bool delta_softplus = true;
+};
+
+struct SelectiveScanOptions {
+    // Tokens between two saved states of the backward pass, and the piece of the scan that is parallel over
+    // time.
+    int64_t chunk = 64;
+    // Split a sequence over threads in time, with the operator (a1,b1) o (a2,b2) = (a1 a2, a2 b1 + b2),
+    // instead of only over sequences and channels. `automatic`: when there are too few of those for the
+    // threads.
+    enum class TimeParallel { automatic, never, always } time_parallel = TimeParallel::automatic;
+};
+
+// Number of saved states: sum over the sequences of ceil(length / chunk).
+int64_t selective_scan_chunks(CuSeqlens cu_seqlens, int64_t chunk);
+
+// y and, where present, final_state [s d n] and chunk_states [chunks d n] (the state entering each chunk, in
+// the order of the sequences; what the backward pass needs).
+template <class T>
+void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2> y,
+                    View<float, 3> final_state, View<float, 3> chunk_states,
+                    const SelectiveScanOptions& options = {});
+
+// Gradients, all f32, all added to; absent ones are not computed.
+struct SelectiveScanGradients {
+    View<float, 2> u, delta, A, B, C;  // shapes of the inputs
+    View<float, 1> D;
+    View<float, 2> z;
+    View<float, 1> delta_bias;
+    View<float, 3> initial_state;
+};
+
+// Adds the gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
+// absent. The states inside a chunk are recomputed from chunk_states. The result does not depend on timing.
+template <class T>
+void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
+                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             const SelectiveScanOptions& options = {});
+
+// One token of each of s sequences: rows of `in` are sequences ([s d], [s n]); in.cu_seqlens and
+// in.initial_state are ignored. `state` [s d n] is advanced in place.
+template <class T>
+void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> state,
+                         View<T, 2> y);
+
+}  // namespace ssm
