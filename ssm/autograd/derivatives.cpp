@@ -1,0 +1,391 @@
+#include "ssm/autograd/derivatives.h"
+
+#include "ssm/ops/cross_entropy/cross_entropy.h"
+#include "ssm/ops/elementwise/elementwise.h"
+#include "ssm/ops/embedding/embedding.h"
+
+namespace ssm {
+namespace {
+
+// The result of an operator: wants a gradient exactly when its backward is recorded.
+Var result(const Ctx& ctx, Shape shape, DType dtype, bool recording) {
+    return Var(Tensor::empty(ctx.exec, std::move(shape), dtype), recording);
+}
+
+template <class T, int R>
+View<const T, R> value_if(const Var& v) {
+    return v ? v.value().view<const T, R>() : View<const T, R>{};
+}
+// The view of a gradient that is wanted; absent otherwise.
+template <int R>
+View<float, R> grad_if(const Exec& ex, const Var& v) {
+    return v.requires_grad() ? v.grad(ex).view<float, R>() : View<float, R>{};
+}
+template <int R>
+View<float, R> grad_if(const Exec& ex, const Var& v, const Shape& shape) {
+    return v.requires_grad() ? v.grad(ex).reshape(shape).view<float, R>() : View<float, R>{};
+}
+
+// Any tensor as a matrix for the elementwise operators.
+Tensor as_matrix(const Tensor& t) { return t.rank() == 2 ? t : t.reshape({1, t.size()}); }
+
+// y = f(x) elementwise, with f_backward(x, grad_y, grad_x).
+template <class Forward, class Backward>
+Var unary(Ctx& ctx, const Var& x, Forward forward, Backward backward) {
+    const bool recording = ctx.recording({&x});
+    Var y = result(ctx, x.value().shape(), DType::f32, recording);
+    forward(ctx.exec, as_matrix(x.value()).view<const float, 2>(), as_matrix(y.value()).view<float, 2>());
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, x, y, backward] {
+            backward(ex, x, y, as_matrix(y.grad(ex)).view<const float, 2>(),
+                     as_matrix(x.grad(ex)).view<float, 2>());
+        });
+    }
+    return y;
+}
+
+}  // namespace
+
+Var embedding(Ctx& ctx, View<const int32_t, 1> ids, const Var& weight) {
+    const bool recording = ctx.recording({&weight});
+    Var y = result(ctx, {ids.shape[0], weight.value().dim(1)}, DType::f32, recording);
+    dispatch_activation(weight.value().dtype(), "embedding", [&]<class W>() {
+        embedding(ctx.exec, ids, weight.value().view<const W, 2>(), y.value().view<float, 2>());
+    });
+    if (recording) {
+        std::vector<int32_t> kept(ids.data, ids.data + ids.shape[0]);
+        ctx.tape->record([&ex = ctx.exec, kept = std::move(kept), weight, y] {
+            embedding_backward(ex, View<const int32_t, 1>(kept.data(), {static_cast<int64_t>(kept.size())}),
+                               y.grad(ex).view<const float, 2>(), weight.grad(ex).view<float, 2>());
+        });
+    }
+    return y;
+}
+
+Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias) {
+    const bool recording = ctx.recording({&x, &weight, &bias});
+    Var y = result(ctx, {x.value().dim(0), weight.value().dim(0)}, DType::f32, recording);
+    linear(ctx.exec, x.value(), weight.value(), value_if<float, 1>(bias), y.value());
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
+            linear_backward(ex, y.grad(ex).view<const float, 2>(), x.value(),
+                            weight.value().view<const float, 2>(), grad_if<2>(ex, x), grad_if<2>(ex, weight),
+                            grad_if<1>(ex, bias));
+        });
+    }
+    return y;
+}
+
+Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsNormOptions& options,
+             DType out) {
+    const bool recording = ctx.recording({&x, &weight, &z});
+    const int64_t t = x.value().dim(0);
+    Var y = result(ctx, x.value().shape(), out, recording);
+    Tensor rstd = recording ? Tensor::empty(ctx.exec, {t, options.groups}) : Tensor();
+    const auto run = [&]<class X, class Y>() {
+        const RmsNormInputs<X, Y> in{x.value().view<const X, 2>(), value_if<float, 1>(weight),
+                                     value_if<Y, 2>(z)};
+        rms_norm(ctx.exec, in, y.value().view<Y, 2>(), rstd.view_if<float, 2>(), options);
+    };
+    if (x.value().dtype() == DType::bf16) {
+        run.operator()<bf16, bf16>();
+    } else {
+        dispatch_activation(out, "rms_norm", [&]<class Y>() { run.template operator()<float, Y>(); });
+    }
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, x, weight, z, y, rstd, options] {
+            const RmsNormInputs<float, float> in{x.value().view<const float, 2>(), value_if<float, 1>(weight),
+                                                 value_if<float, 2>(z)};
+            rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const float, 2>(),
+                              {grad_if<2>(ex, x), grad_if<1>(ex, weight), grad_if<2>(ex, z)}, options);
+        });
+    }
+    return y;
+}
+
+Normed add_rms_norm(Ctx& ctx, const Var& residual, const Var& x, const Var& weight,
+                    const RmsNormOptions& options, DType out) {
+    if (!x) return {residual, rms_norm(ctx, residual, weight, Var(), options, out)};
+    const bool recording = ctx.recording({&residual, &x, &weight});
+    const int64_t t = x.value().dim(0);
+    // Inference adds in place; a recorded residual is what the backward pass of the layers before needs.
+    Var sum = recording ? result(ctx, residual.value().shape(), DType::f32, true) : residual;
+    Var y = result(ctx, residual.value().shape(), out, recording);
+    Tensor rstd = recording ? Tensor::empty(ctx.exec, {t, options.groups}) : Tensor();
+    const auto run = [&]<class X, class Y>() {
+        add_rms_norm(ctx.exec, residual.value().view<const float, 2>(), x.value().view<const X, 2>(),
+                     value_if<float, 1>(weight), sum.value().view<float, 2>(), y.value().view<Y, 2>(),
+                     rstd.view_if<float, 2>(), options);
+    };
+    if (x.value().dtype() == DType::bf16) {
+        run.operator()<bf16, bf16>();
+    } else {
+        dispatch_activation(out, "add_rms_norm", [&]<class Y>() { run.template operator()<float, Y>(); });
+    }
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, residual, x, weight, sum, y, rstd, options] {
+            const RmsNormInputs<float, float> in{
+                sum.value().view<const float, 2>(), value_if<float, 1>(weight), {}};
+            Tensor total = sum.grad(ex);
+            rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const float, 2>(),
+                              {total.view<float, 2>(), grad_if<1>(ex, weight), {}}, options);
+            if (x.requires_grad()) x.add_grad(ex, total);
+            if (!residual.requires_grad()) return;
+            // The sum's gradient is used up: the residual takes the buffer over instead of a copy.
+            if (residual.has_grad())
+                residual.add_grad(ex, total);
+            else
+                residual.set_grad(total);
+            sum.clear_grad();
+        });
+    }
+    return {sum, y};
+}
+
+Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Activation activation,
+                  Tensor* state) {
+    const bool recording = ctx.recording({&x, &weight, &bias});
+    require(!(recording && state != nullptr), "causal_conv1d",
+            "a carried state is for inference, without a tape");
+    Var y = result(ctx, x.value().shape(), x.value().dtype(), recording);
+    const int64_t d = weight.value().dim(0), k = weight.value().dim(-1);
+    const auto w = weight.value().reshape({d, k}).view<const float, 2>();
+    dispatch_activation(x.value().dtype(), "causal_conv1d", [&]<class T>() {
+        CausalConv1dInputs<T> in{
+            x.value().view<const T, 2>(), w, value_if<float, 1>(bias), ctx.cu_seqlens, {}, activation};
+        if (state == nullptr) {
+            causal_conv1d(ctx.exec, in, y.value().view<T, 2>(), {});
+        } else if (x.value().dim(0) == state->dim(0) && ctx.cu_seqlens.empty()) {
+            causal_conv1d_step(ctx.exec, in, state->view<T, 3>(), y.value().view<T, 2>());
+        } else {
+            in.initial_state = state->view<const T, 3>();
+            causal_conv1d(ctx.exec, in, y.value().view<T, 2>(), state->view<T, 3>());
+        }
+    });
+    if (recording) {
+        std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
+        ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), x, weight, bias, activation, y, w, d, k] {
+            const CausalConv1dInputs<float> in{
+                x.value().view<const float, 2>(), w, value_if<float, 1>(bias), cu, {}, activation};
+            causal_conv1d_backward(
+                ex, in, y.grad(ex).view<const float, 2>(), {},
+                {grad_if<2>(ex, x), grad_if<2>(ex, weight, {d, k}), grad_if<1>(ex, bias), {}});
+        });
+    }
+    return y;
+}
+
+namespace {
+
+template <class T>
+SelectiveScanInputs<T> scan_inputs(const SelectiveScanVars& in, CuSeqlens cu) {
+    return {in.u.value().view<const T, 2>(),
+            in.delta.value().view<const float, 2>(),
+            in.A.value().view<const float, 2>(),
+            in.B.value().view<const float, 2>(),
+            in.C.value().view<const float, 2>(),
+            value_if<float, 1>(in.D),
+            value_if<T, 2>(in.z),
+            value_if<float, 1>(in.delta_bias),
+            cu,
+            {},
+            true};
+}
+
+}  // namespace
+
+Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
+                   const SelectiveScanOptions& options) {
+    const bool recording =
+        ctx.recording({&in.u, &in.delta, &in.A, &in.B, &in.C, &in.D, &in.z, &in.delta_bias});
+    require(!(recording && state != nullptr), "selective_scan",
+            "a carried state is for inference, without a tape");
+    Var y = result(ctx, in.u.value().shape(), in.u.value().dtype(), recording);
+    const int64_t d = in.A.value().dim(0), n = in.A.value().dim(1);
+    Tensor chunk_states;
+    if (recording) {
+        chunk_states = Tensor::empty(ctx.exec, {selective_scan_chunks(ctx.cu_seqlens, options.chunk), d, n});
+    }
+    dispatch_activation(in.u.value().dtype(), "selective_scan", [&]<class T>() {
+        auto inputs = scan_inputs<T>(in, ctx.cu_seqlens);
+        const auto out = y.value().view<T, 2>();
+        if (state == nullptr) {
+            selective_scan(ctx.exec, inputs, out, {}, chunk_states.view_if<float, 3>(), options);
+        } else if (in.u.value().dim(0) == state->dim(0) && ctx.cu_seqlens.empty()) {
+            selective_scan_step(ctx.exec, inputs, state->view<float, 3>(), out);
+        } else {
+            Tensor end = Tensor::empty(ctx.exec, state->shape());
+            inputs.initial_state = state->view<const float, 3>();
+            selective_scan(ctx.exec, inputs, out, end.view<float, 3>(), {}, options);
+            *state = end;
+        }
+    });
+    if (recording) {
+        std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
+        ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
+            selective_scan_backward(ex, scan_inputs<float>(in, cu), chunk_states.view<const float, 3>(),
+                                    y.grad(ex).view<const float, 2>(), {},
+                                    {grad_if<2>(ex, in.u),
+                                     grad_if<2>(ex, in.delta),
+                                     grad_if<2>(ex, in.A),
+                                     grad_if<2>(ex, in.B),
+                                     grad_if<2>(ex, in.C),
+                                     grad_if<1>(ex, in.D),
+                                     grad_if<2>(ex, in.z),
+                                     grad_if<1>(ex, in.delta_bias),
+                                     {}},
+                                    options);
+        });
+    }
+    return y;
+}
+
+namespace {
+
+template <class T>
+SsdInputs<T> ssd_inputs(const SsdVars& in, const SsdShape& s, CuSeqlens cu) {
+    const int64_t t = in.x.value().dim(0);
+    SsdInputs<T> r;
+    r.x = in.x.value().reshape({t, s.h, s.p}).view<const T, 3>();
+    r.dt = in.dt.value().view<const T, 2>();
+    r.A = in.A.value().view<const float, 1>();
+    r.B = in.B.value().reshape({t, s.g, s.n}).view<const T, 3>();
+    r.C = in.C.value().reshape({t, s.g, s.n}).view<const T, 3>();
+    if (in.D) r.D = in.D.value().reshape({s.h, in.D.value().size() / s.h}).view<const float, 2>();
+    r.dt_bias = value_if<float, 1>(in.dt_bias);
+    r.cu_seqlens = cu;
+    r.dt_min = s.dt_min;
+    r.dt_max = s.dt_max;
+    return r;
+}
+
+}  // namespace
+
+Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, const SsdOptions& options) {
+    const bool recording = ctx.recording({&in.x, &in.dt, &in.A, &in.B, &in.C, &in.D, &in.dt_bias});
+    require(!(recording && state != nullptr), "ssd", "a carried state is for inference, without a tape");
+    const int64_t t = in.x.value().dim(0);
+    Var y = result(ctx, {t, s.h * s.p}, in.x.value().dtype(), recording);
+    Tensor chunk_states;
+    if (recording)
+        chunk_states = Tensor::empty(ctx.exec, {ssd_chunks(ctx.cu_seqlens, options.chunk), s.h, s.p, s.n});
+    dispatch_activation(in.x.value().dtype(), "ssd", [&]<class T>() {
+        auto inputs = ssd_inputs<T>(in, s, ctx.cu_seqlens);
+        const auto out = y.value().reshape({t, s.h, s.p}).view<T, 3>();
+        if (state == nullptr) {
+            ssd(ctx.exec, inputs, out, {}, chunk_states.view_if<float, 4>(), options);
+        } else if (t == state->dim(0) && ctx.cu_seqlens.empty()) {
+            ssd_step(ctx.exec, inputs, state->view<float, 4>(), out);
+        } else {
+            Tensor end = Tensor::empty(ctx.exec, state->shape());
+            inputs.initial_state = state->view<const float, 4>();
+            ssd(ctx.exec, inputs, out, end.view<float, 4>(), {}, options);
+            *state = end;
+        }
+    });
+    if (recording) {
+        std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
+        ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, s, y, chunk_states, options, t] {
+            const int64_t d_last = in.D ? in.D.value().size() / s.h : 1;
+            const Shape group{t, s.g, s.n};
+            ssd_backward(ex, ssd_inputs<float>(in, s, cu), chunk_states.view<const float, 4>(),
+                         y.grad(ex).reshape({t, s.h, s.p}).view<const float, 3>(), {},
+                         {grad_if<3>(ex, in.x, {t, s.h, s.p}),
+                          grad_if<2>(ex, in.dt),
+                          grad_if<1>(ex, in.A),
+                          grad_if<3>(ex, in.B, group),
+                          grad_if<3>(ex, in.C, group),
+                          grad_if<2>(ex, in.D, {s.h, d_last}),
+                          grad_if<1>(ex, in.dt_bias),
+                          {}},
+                         options);
+        });
+    }
+    return y;
+}
+
+Var neg_exp(Ctx& ctx, const Var& x) {
+    return unary(
+        ctx, x, [](auto&&... a) { neg_exp(a...); },
+        [](const Exec& ex, const Var&, const Var& y, View<const float, 2> grad_y, View<float, 2> grad_x) {
+            neg_exp_backward(ex, as_matrix(y.value()).view<const float, 2>(), grad_y, grad_x);
+        });
+}
+
+Var silu(Ctx& ctx, const Var& x) {
+    return unary(
+        ctx, x, [](auto&&... a) { silu(a...); },
+        [](const Exec& ex, const Var& in, const Var&, View<const float, 2> grad_y, View<float, 2> grad_x) {
+            silu_backward(ex, as_matrix(in.value()).view<const float, 2>(), grad_y, grad_x);
+        });
+}
+
+Var softplus(Ctx& ctx, const Var& x) {
+    return unary(
+        ctx, x, [](auto&&... a) { softplus(a...); },
+        [](const Exec& ex, const Var& in, const Var&, View<const float, 2> grad_y, View<float, 2> grad_x) {
+            softplus_backward(ex, as_matrix(in.value()).view<const float, 2>(), grad_y, grad_x);
+        });
+}
+
+Var add(Ctx& ctx, const Var& a, const Var& b) {
+    const bool recording = ctx.recording({&a, &b});
+    Var y = result(ctx, a.value().shape(), DType::f32, recording);
+    add(ctx.exec, a.value().view<const float, 2>(), b.value().view<const float, 2>(),
+        y.value().view<float, 2>());
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, a, b, y] {
+            const Tensor g = y.grad(ex);
+            if (a.requires_grad()) a.add_grad(ex, g);
+            if (b.requires_grad()) b.add_grad(ex, g);
+        });
+    }
+    return y;
+}
+
+Var multiply(Ctx& ctx, const Var& a, const Var& b) {
+    const bool recording = ctx.recording({&a, &b});
+    Var y = result(ctx, a.value().shape(), DType::f32, recording);
+    const auto va = a.value().view<const float, 2>(), vb = b.value().view<const float, 2>();
+    multiply(ctx.exec, va, vb, y.value().view<float, 2>());
+    if (recording) {
+        ctx.tape->record([&ex = ctx.exec, a, b, va, vb, y] {
+            multiply_backward(ex, va, vb, y.grad(ex).view<const float, 2>(), grad_if<2>(ex, a),
+                              grad_if<2>(ex, b));
+        });
+    }
+    return y;
+}
+
+Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<const int32_t, 1> targets,
+                         float scale) {
+    const bool recording = ctx.recording({&hidden, &weight});
+    const int64_t t = targets.shape[0];
+    int64_t counted = 0;
+    for (int64_t i = 0; i < t; ++i) counted += targets(i) >= 0;
+    require(counted > 0, "cross_entropy", "every one of the {} targets is ignored", t);
+    Tensor nll = Tensor::empty(ctx.exec, {t});
+    if (recording) {
+        // One pass gives the loss and its gradients; they wait here until backward runs.
+        Tensor weights = Tensor::empty(ctx.exec, {t});
+        for (int64_t i = 0; i < t; ++i) weights.data<float>()[i] = scale / static_cast<float>(counted);
+        Tensor grad_hidden = Tensor::zeros(ctx.exec, hidden.value().shape());
+        Tensor grad_weight = Tensor::zeros(ctx.exec, weight.value().shape());
+        linear_cross_entropy_backward(ctx.exec, hidden.value().view<const float, 2>(),
+                                      weight.value().view<const float, 2>(), targets,
+                                      weights.view<const float, 1>(), nll.view<float, 1>(),
+                                      grad_hidden.view<float, 2>(), grad_weight.view<float, 2>());
+        ctx.tape->record([&ex = ctx.exec, hidden, weight, grad_hidden, grad_weight] {
+            if (hidden.requires_grad()) hidden.add_grad(ex, grad_hidden);
+            if (weight.requires_grad()) weight.add_grad(ex, grad_weight);
+        });
+    } else {
+        linear_cross_entropy(ctx.exec, hidden.value(), PackedWeight(weight.value()), targets,
+                             nll.view<float, 1>());
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < t; ++i) sum += static_cast<double>(nll.data<float>()[i]);
+    return Var(Tensor::from_floats({1}, {static_cast<float>(sum / static_cast<double>(counted))}), recording);
+}
+
+}  // namespace ssm

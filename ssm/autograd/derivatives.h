@@ -1,0 +1,67 @@
+// The table: one differentiable function per operator. Each calls the operator and, when the context has a
+// tape and an input wants a gradient, records the operator's backward. Shapes and equations: the operator's
+// header.
+#pragma once
+
+#include "ssm/autograd/tape.h"
+#include "ssm/ops/causal_conv1d/causal_conv1d.h"
+#include "ssm/ops/linear/linear.h"
+#include "ssm/ops/rms_norm/rms_norm.h"
+#include "ssm/ops/selective_scan/selective_scan.h"
+#include "ssm/ops/ssd/ssd.h"
+
+namespace ssm {
+
+// ids [t] -> [t e] f32
+Var embedding(Ctx& ctx, View<const int32_t, 1> ids, const Var& weight);
+
+// [t i] -> [t o]; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
+Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias);
+
+// [t d] -> [t d] of `out`; weight and z may be absent.
+Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsNormOptions& options,
+             DType out);
+
+// residual + x, and its norm. residual [t d] f32; x may be absent (then residual passes through).
+struct Normed {
+    Var residual, y;
+};
+Normed add_rms_norm(Ctx& ctx, const Var& residual, const Var& x, const Var& weight,
+                    const RmsNormOptions& options, DType out);
+
+// [t d] -> [t d]. With `state` [s k-1 d] (inference) the convolution starts from it and leaves its end there.
+Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Activation activation,
+                  Tensor* state);
+
+// S6. Absent: D, z, delta_bias. With `state` [s d n] (inference) the scan starts from it and leaves its end
+// there.
+struct SelectiveScanVars {
+    Var u, delta, A, B, C, D, z, delta_bias;
+};
+Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
+                   const SelectiveScanOptions& options = {});
+
+// SSD. x [t h*p], dt [t h], B, C [t g*n] as slices of one projection; A, dt_bias [h]; D [h] or [h*p].
+struct SsdVars {
+    Var x, dt, A, B, C, D, dt_bias;
+};
+struct SsdShape {
+    int64_t h = 1, p = 1, g = 1, n = 1;
+    float dt_min = 0.0f, dt_max = std::numeric_limits<float>::infinity();
+};
+Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& shape, Tensor* state, const SsdOptions& options = {});
+
+// -exp(x), of any shape.
+Var neg_exp(Ctx& ctx, const Var& x);
+
+Var silu(Ctx& ctx, const Var& x);
+Var softplus(Ctx& ctx, const Var& x);
+Var add(Ctx& ctx, const Var& a, const Var& b);
+Var multiply(Ctx& ctx, const Var& a, const Var& b);
+
+// Mean negative log-likelihood of `targets` [t] (< 0: ignored) under softmax(hidden weight^T): a scalar Var
+// [1]. `scale` multiplies the gradient (1 / number of accumulated micro-batches, say), not the value.
+Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<const int32_t, 1> targets,
+                         float scale = 1.0f);
+
+}  // namespace ssm

@@ -1,0 +1,79 @@
+// Reverse-mode differentiation: a Var is a tensor that may want a gradient; a Tape is the list of closures
+// that carry gradients back, run in reverse. Operators compute (ssm/ops); here only allocation and
+// remembering happen.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "ssm/core/exec.h"
+#include "ssm/core/tensor.h"
+#include "ssm/ops/sequences.h"
+
+namespace ssm {
+
+// A value and, where wanted, its gradient (f32, of the same shape). Copies share both.
+class Var {
+public:
+    Var() = default;  // absent optional argument: `if (!var)`
+    explicit Var(Tensor value, bool requires_grad = false)
+        : node_(std::make_shared<Node>(Node{std::move(value), {}, requires_grad, nullptr, 0})) {}
+
+    explicit operator bool() const { return node_ != nullptr; }
+    const Tensor& value() const { return node_->value; }
+    void set_value(Tensor value) const { node_->value = std::move(value); }
+    bool requires_grad() const { return node_ != nullptr && node_->requires_grad; }
+    bool has_grad() const;
+
+    // The gradient's buffer, made and zeroed at the first call. Of a slice: the slice of its parent's.
+    Tensor grad(const Exec& ex) const;
+    // Drops the buffer (Tape::backward does so for what it has used up) or puts another in its place.
+    void clear_grad() const { node_->grad = {}; }
+    void set_grad(Tensor grad) const { node_->grad = std::move(grad); }
+    // grad += g; the first time a copy.
+    void add_grad(const Exec& ex, const Tensor& g) const;
+
+    // Columns begin:end of a matrix [t d]: a window on the value and on the gradient, no computation.
+    Var columns(int64_t begin, int64_t end) const;
+
+private:
+    struct Node {
+        Tensor value, grad;
+        bool requires_grad;
+        std::shared_ptr<Node> parent;  // of a slice
+        int64_t begin;
+    };
+    explicit Var(std::shared_ptr<Node> node) : node_(std::move(node)) {}
+    std::shared_ptr<Node> node_;
+};
+
+class Tape {
+public:
+    void record(std::function<void()> backward) { closures_.push_back(std::move(backward)); }
+    // Runs the closures last to first, each released after it ran: a training step's memory shrinks as it
+    // goes.
+    void backward();
+    size_t size() const { return closures_.size(); }
+
+private:
+    std::vector<std::function<void()>> closures_;
+};
+
+// What a forward pass needs beside its arguments. Without a tape it is inference.
+struct Ctx {
+    const Exec& exec;
+    Tape* tape = nullptr;
+    CuSeqlens cu_seqlens = {};      // how rows [t d] split into sequences; empty: one token each (a step)
+    DType activation = DType::f32;  // of what flows between the layers; training uses f32
+
+    bool recording(std::initializer_list<const Var*> inputs) const {
+        if (tape == nullptr) return false;
+        for (const Var* v : inputs) {
+            if (v->requires_grad()) return true;
+        }
+        return false;
+    }
+};
+
+}  // namespace ssm

@@ -1,0 +1,147 @@
+#include "ssm/models/language_model.h"
+
+#include <cstring>
+
+#include "ssm/ops/cross_entropy/cross_entropy.h"
+
+namespace ssm {
+namespace {
+
+class Fnv1a {
+public:
+    void add(const void* data, size_t bytes) {
+        const auto* p = static_cast<const unsigned char*>(data);
+        for (size_t i = 0; i < bytes; ++i) hash_ = (hash_ ^ p[i]) * 0x100000001b3u;
+    }
+    uint64_t value() const { return hash_; }
+
+private:
+    uint64_t hash_ = 0xcbf29ce484222325u;
+};
+
+}  // namespace
+
+void ModelState::visit(const std::function<void(const std::string&, Tensor&)>& f) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+        if (layers[i]) layers[i]->visit(fmt::format("layers.{}", i), f);
+    }
+}
+
+size_t ModelState::bytes() {
+    size_t total = 0;
+    visit([&](const std::string&, Tensor& t) { total += t.bytes(); });
+    return total;
+}
+
+LanguageModel::LanguageModel(ModelSpec spec) : spec_(std::move(spec)) {
+    const auto matrix = Parameter::Kind::matrix;
+    const auto vector = Parameter::Kind::vector;
+    embedding_ = {{spec_.vocab, spec_.e}, matrix, true, init::normal(spec_.embedding_deviation), {}};
+    final_norm_ = {{spec_.e}, vector, false, init::constant(1.0f), {}};
+    if (!spec_.tie_embeddings) {
+        head_ = {{spec_.vocab, spec_.e}, matrix, true, init::uniform(1.0 / std::sqrt(spec_.e)), {}};
+    }
+    for (auto& layer : spec_.layers) {
+        blocks_.push_back({{{spec_.e}, vector, false, init::constant(1.0f), {}},
+                           layer.norm_name,
+                           layer.mixer_name,
+                           std::move(layer.mixer)});
+    }
+}
+
+void LanguageModel::visit(const ParameterVisitor& f) {
+    f(spec_.embedding_name, embedding_);
+    for (Block& block : blocks_) {
+        f(block.norm_name, block.norm_weight);
+        block.mixer->visit(block.mixer_name, f);
+    }
+    f(spec_.final_norm_name, final_norm_);
+    if (head_) f(spec_.head_name, head_);
+}
+
+int64_t LanguageModel::parameter_count() {
+    int64_t count = 0;
+    visit([&](const std::string&, Parameter& p) { count += element_count(p.shape); });
+    return count;
+}
+
+size_t LanguageModel::weight_bytes() {
+    size_t bytes = 0;
+    visit([&](const std::string&, Parameter& p) { bytes += p.value().bytes(); });
+    return bytes;
+}
+
+void LanguageModel::initialise(uint64_t seed) {
+    Random random(seed);
+    visit([&](const std::string&, Parameter& p) {
+        Tensor value = Tensor::empty(p.shape);
+        p.init(random, value);
+        p.var = Var(value);
+    });
+}
+
+void LanguageModel::require_grad() {
+    visit([](const std::string& name, Parameter& p) {
+        require(p.value().dtype() == DType::f32, "model", "parameter '{}' is {}; training needs f32", name,
+                name_of(p.value().dtype()));
+        p.var = Var(p.value(), true);
+    });
+}
+
+uint64_t LanguageModel::fingerprint() {
+    constexpr size_t kSample = 4096;  // bytes from each end of a tensor
+    Fnv1a hash;
+    hash.add(spec_.architecture.data(), spec_.architecture.size());
+    visit([&](const std::string& name, Parameter& p) {
+        const Tensor& t = p.value();
+        hash.add(name.data(), name.size());
+        hash.add(t.shape().data(), t.shape().size() * sizeof(int64_t));
+        const size_t sample = std::min(kSample, t.bytes());
+        hash.add(t.raw(), sample);
+        hash.add(t.raw() + t.bytes() - sample, sample);
+    });
+    return hash.value();
+}
+
+ModelState LanguageModel::new_state(int64_t sequences) const {
+    ModelState state;
+    for (const Block& block : blocks_) state.layers.push_back(block.mixer->new_state(sequences, dtype()));
+    return state;
+}
+
+Var LanguageModel::hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state) {
+    require(state == nullptr || state->layers.size() == blocks_.size(), "model",
+            "the state has {} layers but the model {}", state ? state->layers.size() : 0, blocks_.size());
+    const RmsNormOptions norm{.eps = spec_.norm_eps};
+    Normed stream{embedding(ctx, ids, embedding_.var), {}};
+    Var x;
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        stream = add_rms_norm(ctx, stream.residual, x, blocks_[i].norm_weight.var, norm, ctx.activation);
+        x = blocks_[i].mixer->forward(ctx, stream.y, state != nullptr ? state->layers[i].get() : nullptr);
+    }
+    return add_rms_norm(ctx, stream.residual, x, final_norm_.var, norm, ctx.activation).y;
+}
+
+const PackedWeight& LanguageModel::packed_head() {
+    const Tensor& weight = (head_ ? head_ : embedding_).value();
+    if (!packed_head_ || packed_head_.weight().raw() != weight.raw()) packed_head_ = PackedWeight(weight);
+    return packed_head_;
+}
+
+Tensor LanguageModel::logits(Ctx& ctx, const Tensor& hidden) {
+    Tensor y = Tensor::empty(ctx.exec, {hidden.dim(0), spec_.vocab});
+    linear(ctx.exec, hidden, packed_head(), {}, y);
+    return y;
+}
+
+void LanguageModel::nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> targets, View<float, 1> nll) {
+    linear_cross_entropy(ctx.exec, hidden, packed_head(), targets, nll);
+}
+
+Var LanguageModel::loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale) {
+    if (ctx.tape != nullptr) packed_head_ = {};  // the weight is about to change
+    const Var h = hidden(ctx, ids, nullptr);
+    return linear_cross_entropy(ctx, h, (head_ ? head_ : embedding_).var, targets, scale);
+}
+
+}  // namespace ssm

@@ -1,0 +1,90 @@
+// LanguageModel: embedding, a list of residual blocks (norm, then mixer), a final norm and a head. Every
+// architecture of the line is such a list; ssm/models/<name> says which, and what its tensors are called.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ssm/nn/linear.h"
+#include "ssm/nn/mixer.h"
+
+namespace ssm {
+
+// The two layouts a checkpoint comes in: Hugging Face transformers', and that of the original mamba_ssm
+// package.
+enum class Layout { hugging_face, mamba_ssm };
+
+// What an architecture makes of a config.json: everything needed to build the model.
+struct ModelSpec {
+    std::string architecture;  // the registry's name
+    Layout layout = Layout::hugging_face;
+    std::string config;  // the config.json text, as read or to be written
+    int64_t vocab = 0, e = 0;
+    float norm_eps = 1e-5f;
+    bool tie_embeddings = true;
+    double embedding_deviation = 0.02;  // of a new model
+    std::string embedding_name, final_norm_name, head_name;
+    struct Layer {
+        std::string norm_name, mixer_name;
+        std::unique_ptr<Mixer> mixer;
+    };
+    std::vector<Layer> layers;
+    std::vector<int32_t> eos;  // ids that end a text
+};
+
+// The states of all layers for s sequences.
+class ModelState {
+public:
+    std::vector<std::unique_ptr<MixerState>> layers;
+    void visit(const std::function<void(const std::string& name, Tensor&)>& f);
+    size_t bytes();
+};
+
+class LanguageModel {
+public:
+    explicit LanguageModel(ModelSpec spec);
+
+    const ModelSpec& spec() const { return spec_; }
+    int64_t vocab() const { return spec_.vocab; }
+    DType dtype() const { return embedding_.value().dtype(); }
+
+    // Every parameter once, by its checkpoint name, in the order of the computation.
+    void visit(const ParameterVisitor& f);
+    int64_t parameter_count();
+    size_t weight_bytes();
+
+    // New f32 parameters, drawn from `seed`.
+    void initialise(uint64_t seed);
+    // Marks every parameter as wanting a gradient (all must be f32).
+    void require_grad();
+    // A number that differs between models: config, names, shapes and samples of the weights.
+    uint64_t fingerprint();
+
+    ModelState new_state(int64_t sequences) const;
+
+    // ids [t] -> [t e], after the final norm. ctx.cu_seqlens splits the tokens; empty with a state: one token
+    // of each sequence. Throws for ids outside [0, vocab).
+    Var hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state);
+    // [t e] -> [t vocab] f32
+    Tensor logits(Ctx& ctx, const Tensor& hidden);
+    // nll [t] of targets under the logits, without holding these.
+    void nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> targets, View<float, 1> nll);
+    // Mean over the targets >= 0; with a tape, `scale` times its gradient is recorded.
+    Var loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale = 1.0f);
+
+private:
+    struct Block {
+        Parameter norm_weight;
+        std::string norm_name, mixer_name;
+        std::unique_ptr<Mixer> mixer;
+    };
+    const PackedWeight& packed_head();
+
+    ModelSpec spec_;
+    Parameter embedding_, final_norm_, head_;
+    std::vector<Block> blocks_;
+    PackedWeight packed_head_;
+};
+
+}  // namespace ssm

@@ -1,0 +1,79 @@
+#include "ssm/nn/mamba.h"
+
+#include <cmath>
+
+namespace ssm {
+namespace {
+
+// A_log = log(1 .. n) in every row (S4D-Real).
+void init_A_log(Random&, const Tensor& t) {
+    const int64_t n = t.dim(1);
+    for (int64_t i = 0; i < t.size(); ++i) {
+        t.data<float>()[i] = static_cast<float>(std::log(static_cast<double>(i % n + 1)));
+    }
+}
+
+}  // namespace
+
+void MambaState::visit(const std::string& prefix, const std::function<void(const std::string&, Tensor&)>& f) {
+    f(prefix + ".conv", conv);
+    f(prefix + ".ssm", ssm);
+}
+
+MambaMixer::MambaMixer(const MambaConfig& c)
+    : config_(c),
+      in_proj_(c.e, 2 * c.d, c.projection_bias),
+      x_proj_(c.d, c.r + 2 * c.n, false),
+      dt_proj_(c.r, c.d, true, c.dt_scale),  // 1/sqrt(r): the published bound
+      out_proj_(c.d, c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))) {
+    const double conv_bound = 1.0 / std::sqrt(static_cast<double>(c.k));
+    dt_proj_.bias.init = init::dt_bias(c.dt_min, c.dt_max, c.dt_floor);
+    conv_weight_ = {{c.d, 1, c.k}, Parameter::Kind::vector, true, init::uniform(conv_bound), {}};
+    if (c.conv_bias) conv_bias_ = {{c.d}, Parameter::Kind::vector, false, init::uniform(conv_bound), {}};
+    A_log_ = {{c.d, c.n}, Parameter::Kind::vector, false, init_A_log, {}};
+    D_ = {{c.d}, Parameter::Kind::vector, false, init::constant(1.0f), {}};
+}
+
+Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
+    const auto& c = config_;
+    auto* s = static_cast<MambaState*>(state);
+    const Var xz = in_proj_.forward(ctx, u, ctx.activation);
+    const Var z = xz.columns(c.d, 2 * c.d);
+    const Var x = causal_conv1d(ctx, xz.columns(0, c.d), conv_weight_.var, conv_bias_.var, Activation::silu,
+                                s != nullptr ? &s->conv : nullptr);
+    const Var dbc = x_proj_.forward(ctx, x);
+    Var delta = dbc.columns(0, c.r), B = dbc.columns(c.r, c.r + c.n),
+        C = dbc.columns(c.r + c.n, c.r + 2 * c.n);
+    if (c.bcdt_norm_eps) {
+        const RmsNormOptions options{.eps = *c.bcdt_norm_eps};
+        delta = rms_norm(ctx, delta, Var(), Var(), options, DType::f32);
+        B = rms_norm(ctx, B, Var(), Var(), options, DType::f32);
+        C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
+    }
+    delta = dt_proj_.forward_no_bias(ctx, delta);  // its bias goes through the scan's softplus
+    if (ctx.tape != nullptr || !A_) A_ = neg_exp(ctx, A_log_.var);
+    const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},
+                                 s != nullptr ? &s->ssm : nullptr);
+    if (ctx.tape != nullptr) A_ = Var();
+    return out_proj_.forward(ctx, y);
+}
+
+std::unique_ptr<MixerState> MambaMixer::new_state(int64_t s, DType activation) const {
+    auto state = std::make_unique<MambaState>();
+    state->conv = Tensor::zeros({s, config_.k - 1, config_.d}, activation);
+    state->ssm = Tensor::zeros({s, config_.d, config_.n});
+    return state;
+}
+
+void MambaMixer::visit(const std::string& prefix, const ParameterVisitor& f) {
+    f(prefix + ".A_log", A_log_);
+    f(prefix + ".D", D_);
+    f(prefix + ".conv1d.weight", conv_weight_);
+    if (conv_bias_) f(prefix + ".conv1d.bias", conv_bias_);
+    in_proj_.visit(prefix + ".in_proj", f);
+    x_proj_.visit(prefix + ".x_proj", f);
+    dt_proj_.visit(prefix + ".dt_proj", f);
+    out_proj_.visit(prefix + ".out_proj", f);
+}
+
+}  // namespace ssm

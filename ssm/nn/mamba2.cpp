@@ -1,0 +1,71 @@
+#include "ssm/nn/mamba2.h"
+
+#include <cmath>
+
+namespace ssm {
+
+void Mamba2State::visit(const std::string& prefix,
+                        const std::function<void(const std::string&, Tensor&)>& f) {
+    f(prefix + ".conv", conv);
+    f(prefix + ".ssm", ssm);
+}
+
+Mamba2Mixer::Mamba2Mixer(const Mamba2Config& c)
+    : config_(c),
+      in_proj_(c.e, 2 * c.d() + 2 * c.g * c.n + c.h, c.projection_bias),
+      out_proj_(c.d(), c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))) {
+    const double conv_bound = 1.0 / std::sqrt(static_cast<double>(c.k));
+    const int64_t channels = c.conv_channels();
+    conv_weight_ = {{channels, 1, c.k}, Parameter::Kind::vector, true, init::uniform(conv_bound), {}};
+    if (c.conv_bias) conv_bias_ = {{channels}, Parameter::Kind::vector, false, init::uniform(conv_bound), {}};
+    const auto init_A_log = [low = c.A_min, high = c.A_max](Random& random, const Tensor& t) {
+        for (int64_t i = 0; i < t.size(); ++i) {
+            t.data<float>()[i] = static_cast<float>(std::log(random.uniform(low, high)));
+        }
+    };
+    A_log_ = {{c.h}, Parameter::Kind::vector, false, init_A_log, {}};
+    D_ = {{c.D_has_hdim ? c.d() : c.h}, Parameter::Kind::vector, false, init::constant(1.0f), {}};
+    dt_bias_ = {{c.h}, Parameter::Kind::vector, false, init::dt_bias(c.dt_min, c.dt_max, c.dt_floor), {}};
+    norm_weight_ = {{c.d()}, Parameter::Kind::vector, false, init::constant(1.0f), {}};
+}
+
+Var Mamba2Mixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
+    const auto& c = config_;
+    auto* s = static_cast<Mamba2State*>(state);
+    const int64_t d = c.d(), gn = c.g * c.n, channels = c.conv_channels();
+    const Var projected = in_proj_.forward(ctx, u, ctx.activation);
+    const Var z = projected.columns(0, d);
+    const Var dt = projected.columns(d + channels, d + channels + c.h);
+    const Var xBC = causal_conv1d(ctx, projected.columns(d, d + channels), conv_weight_.var, conv_bias_.var,
+                                  Activation::silu, s != nullptr ? &s->conv : nullptr);
+    const Var x = xBC.columns(0, d), B = xBC.columns(d, d + gn), C = xBC.columns(d + gn, d + 2 * gn);
+    if (ctx.tape != nullptr || !A_) A_ = neg_exp(ctx, A_log_.var);
+    const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
+    const Var y = ssd(ctx, {x, dt, A_, B, C, D_.var, dt_bias_.var}, shape, s != nullptr ? &s->ssm : nullptr);
+    if (ctx.tape != nullptr) A_ = Var();
+    const RmsNormOptions options{
+        .eps = c.norm_eps,
+        .groups = c.norm_groups,
+        .gate = c.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
+    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, options, ctx.activation));
+}
+
+std::unique_ptr<MixerState> Mamba2Mixer::new_state(int64_t s, DType activation) const {
+    auto state = std::make_unique<Mamba2State>();
+    state->conv = Tensor::zeros({s, config_.k - 1, config_.conv_channels()}, activation);
+    state->ssm = Tensor::zeros({s, config_.h, config_.p, config_.n});
+    return state;
+}
+
+void Mamba2Mixer::visit(const std::string& prefix, const ParameterVisitor& f) {
+    f(prefix + ".A_log", A_log_);
+    f(prefix + ".D", D_);
+    f(prefix + ".dt_bias", dt_bias_);
+    f(prefix + ".conv1d.weight", conv_weight_);
+    if (conv_bias_) f(prefix + ".conv1d.bias", conv_bias_);
+    f(prefix + ".norm.weight", norm_weight_);
+    in_proj_.visit(prefix + ".in_proj", f);
+    out_proj_.visit(prefix + ".out_proj", f);
+}
+
+}  // namespace ssm

@@ -1,0 +1,32 @@
+// Mixer: what a block does between its norm and its residual add. A model is a list of these; a hybrid is a
+// list of different ones.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "ssm/autograd/tape.h"
+#include "ssm/nn/parameter.h"
+
+namespace ssm {
+
+// The state that a mixer carries from token to token, for s sequences at once.
+struct MixerState {
+    virtual ~MixerState() = default;
+    // Every tensor [s ...] by name, to save, load, copy and count.
+    virtual void visit(const std::string& prefix,
+                       const std::function<void(const std::string&, Tensor&)>& f) = 0;
+};
+
+struct Mixer {
+    virtual ~Mixer() = default;
+    // u [t e] -> [t e]. With a state the sequences continue from it and leave their end there; without one
+    // they start from zero. Rows split into sequences by ctx.cu_seqlens; empty means one token of each (a
+    // step).
+    virtual Var forward(Ctx& ctx, const Var& u, MixerState* state) = 0;
+    // A zero state for s sequences; nullptr for a mixer without memory (an MLP).
+    virtual std::unique_ptr<MixerState> new_state(int64_t s, DType activation) const = 0;
+    virtual void visit(const std::string& prefix, const ParameterVisitor& f) = 0;
+};
+
+}  // namespace ssm
