@@ -33,11 +33,11 @@ struct Architecture {
     // Whether this config.json is one of its own (either layout).
     bool (*matches)(const ConfigReader& config);
     // Reads every key that changes the mathematics; ConfigReader::finish reports the others.
-    ModelSpec (*read)(ConfigReader& config);
+    ModelSpec (*read)(const ConfigReader& config);
     // The config.json of a new model in transformers' layout.
     std::string (*new_config)(const NewModel& shape);
     // The config.json of the same model in another layout; throws where that layout cannot express it.
-    std::string (*convert_config)(ConfigReader& config, Layout to);
+    std::string (*convert_config)(const ConfigReader& config, Layout to);
 };
 
 std::span<const Architecture> architectures();
@@ -50,11 +50,11 @@ std::unique_ptr<LanguageModel> build_model(std::string_view config_text, std::st
 // shapes equal. Matrices are converted to `dtype` (f32 or bf16), everything else to f32.
 std::unique_ptr<LanguageModel> load_model(const std::filesystem::path& dir, DType dtype);
 
-// Writes config.json and model.safetensors (shards above max_shard_bytes; 0: one file) in `dtype`; the folder
+// Writes config.json and model.safetensors (shards above max_shard_bytes) in `dtype`; the folder
 // must exist. With `layout` another one than the model's, config and names are translated.
 struct SaveOptions {
     DType dtype = DType::f32;
-    size_t max_shard_bytes = 0;
+    size_t max_shard_bytes = size_t{5'000'000'000};
     Layout layout = Layout::hugging_face;
 };
 void save_model(LanguageModel& model, const std::filesystem::path& dir, const SaveOptions& options);

@@ -1,0 +1,79 @@
+#include "apps/ssm/commands/common.h"
+
+#include <charconv>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+
+#include "ssm/io/mapped_file.h"
+
+namespace ssm::cli {
+
+void RunOptions::add_to(CLI::App& command) {
+    command.add_option("--device", device, "Where to compute")
+        ->check(CLI::IsMember({"cpu", "cuda"}))
+        ->capture_default_str();
+    command.add_option("--dtype", dtype, "Type of weights and activations")
+        ->check(CLI::IsMember({"f32", "bf16"}))
+        ->capture_default_str();
+    command.add_option("--threads", threads, "Threads; 0: all cores")
+        ->check(CLI::Range(0, 1024))
+        ->capture_default_str();
+    command.add_flag("--json", json, "Print the result as one JSON value");
+}
+
+Exec RunOptions::exec() const {
+    if (device == "cuda") fail(ErrorCode::unsupported, "device", "this build has no CUDA; use --device cpu");
+    return make_cpu_exec(threads);
+}
+
+std::filesystem::path shipped_model() {
+    namespace fs = std::filesystem;
+    constexpr const char* kName = "models/stories";
+    std::error_code error;
+    const fs::path program = fs::read_symlink("/proc/self/exe", error);
+    std::vector<fs::path> roots;
+    if (!error) {
+        fs::path dir = program.parent_path();
+        roots.push_back(dir.parent_path() / "share" / "ssm");
+        for (int up = 0; up < 5 && dir.has_relative_path(); ++up, dir = dir.parent_path()) roots.push_back(dir);
+    }
+    roots.push_back(fs::current_path(error));
+    for (const fs::path& root : roots) {
+        if (fs::exists(root / kName / "config.json", error)) return root / kName;
+    }
+    fail(ErrorCode::io, "model", "the shipped model '{}' was not found; give --model DIR", kName);
+}
+
+std::vector<int32_t> parse_ids(const std::string& text) {
+    std::vector<int32_t> ids;
+    const char *p = text.data(), *end = p + text.size();
+    while (p != end) {
+        if (*p == ' ' || *p == ',' || *p == '\t' || *p == '\n') {
+            ++p;
+            continue;
+        }
+        int32_t id = 0;
+        const auto [next, error] = std::from_chars(p, end, id);
+        if (error != std::errc() || (next != end && std::string_view(" ,\t\n").find(*next) == std::string::npos)) {
+            const std::string_view rest(p, static_cast<size_t>(end - p));
+            fail(ErrorCode::invalid_argument, "ids", "'{}' is not a token id",
+                 rest.substr(0, std::min<size_t>(rest.find_first_of(" ,\t\n"), 24)));
+        }
+        ids.push_back(id);
+        p = next;
+    }
+    return ids;
+}
+
+void print_json(const nlohmann::ordered_json& object) {
+    std::cout << object.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << std::endl;
+}
+
+std::string read_text(const std::string& path) {
+    if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
+    return read_text_file(path);
+}
+
+}  // namespace ssm::cli
