@@ -1,0 +1,207 @@
+#include "ssm/ops/linear/linear.h"
+
+#include "ssm/ops/linear/linear_impl.h"
+
+namespace ssm {
+namespace build {
+#ifdef SSM_HAS_ONEDNN
+constexpr bool has_onednn = true;
+#else
+constexpr bool has_onednn = false;
+#endif
+}  // namespace build
+
+bool linear_detail::products_run_in_bf16() {
+    if constexpr (build::has_onednn) return onednn_has_fast_bf16();
+    return true;
+}
+
+namespace {
+
+using namespace linear_detail;
+
+constexpr std::string_view kOp = "linear";
+
+void require_matrix(std::string_view op, std::string_view name, std::string_view letters, const Tensor& t,
+                    int64_t rows, int64_t columns) {
+    require(static_cast<bool>(t), op, "`{}` is absent", name);
+    require(t.dtype() == DType::f32 || t.dtype() == DType::bf16, op, "`{}` must be f32 or bf16 but is {}",
+            name, name_of(t.dtype()));
+    require(t.rank() == 2 && (rows < 0 || t.dim(0) == rows) && (columns < 0 || t.dim(1) == columns), op,
+            "`{}` must be [{}] = [{}, {}] but is {}", name, letters, rows < 0 ? "any" : std::to_string(rows),
+            columns < 0 ? "any" : std::to_string(columns), to_string(t.shape()));
+}
+
+Matrix matrix_of(const Tensor& t) { return {t.raw(), t.dtype(), t.stride(), false}; }
+Matrix matrix_of(View<const float, 2> v) { return {v.data, DType::f32, v.stride, false}; }
+
+Matrix transposed(Matrix m) {
+    m.transpose = !m.transpose;
+    return m;
+}
+
+// m in `dtype`: itself, or a dense rounded copy held by `storage`.
+Matrix converted(const Exec& ex, const Matrix& m, int64_t rows, int64_t columns, DType dtype,
+                 Tensor& storage) {
+    if (m.dtype == dtype) return m;
+    storage = Tensor::empty(ex, {rows, columns}, dtype);
+    convert_rows(ex, rows, columns, m, storage.raw(), dtype, columns);
+    return {storage.raw(), dtype, columns, false};
+}
+
+// Degenerate products, then the engine that this build has. `packed`: B is this weight, transposed.
+void product(const Exec& ex, const Product& p, PackedWeight::State* packed = nullptr) {
+    if (p.m == 0 || p.n == 0) return;
+    if constexpr (build::has_onednn) {
+        if (p.k > 0) return packed != nullptr ? product_packed(ex, p, *packed) : product_onednn(ex, p);
+    }
+    product_plain(ex, p);
+}
+
+// The dtype in which x W^T is computed.
+DType compute_type(const Exec& ex, const Tensor& x, const Tensor& weight, bool training) {
+    if (!products_run_in_bf16()) return DType::f32;
+    if (weight.dtype() == DType::bf16) return DType::bf16;
+    const bool round = training && ex.matmul == MatmulPrecision::bf16 && x.dtype() == DType::f32;
+    return round ? DType::bf16 : DType::f32;
+}
+
+void check_linear(const Tensor& x, const Tensor& weight, View<const float, 1> bias, const Tensor& y) {
+    require_matrix(kOp, "weight", "o i", weight, -1, -1);
+    const int64_t o = weight.dim(0), i = weight.dim(1);
+    require_matrix(kOp, "x", "t i", x, -1, i);
+    require_matrix(kOp, "y", "t o", y, x.dim(0), o);
+    require_shape_if(kOp, "bias", "o", bias, {o});
+    require(!bias || bias.stride == 1 || o <= 1, kOp, "`bias` must be dense");
+    require(y.dtype() == DType::f32 || x.dtype() == DType::bf16 || weight.dtype() == DType::bf16, kOp,
+            "`y` must be f32 when `x` and `weight` are f32");
+}
+
+// The weight as [i o]^T in the compute type, the product, and y in its own type.
+void run(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias, const Tensor& y,
+         DType compute, PackedWeight::State* packed) {
+    const int64_t t = x.dim(0), i = weight.dim(1), o = weight.dim(0);
+    Tensor x_copy, weight_copy, y_copy;
+    Product p;
+    p.m = t;
+    p.n = o;
+    p.k = i;
+    p.a = converted(ex, matrix_of(x), t, i, compute, x_copy);
+    p.b = transposed(converted(ex, matrix_of(weight), o, i, compute, weight_copy));
+    p.bias = bias.data;
+    const bool direct = y.dtype() == DType::f32 || compute == DType::bf16;
+    if (!direct) y_copy = Tensor::empty(ex, {t, o});
+    const Tensor& out = direct ? y : y_copy;
+    p.c = out.raw();
+    p.c_dtype = out.dtype();
+    p.c_stride = out.stride();
+    product(ex, p, weight_copy ? nullptr : packed);
+    if (!direct) convert_rows(ex, t, o, matrix_of(out), y.raw(), y.dtype(), y.stride());
+}
+
+void linear_any(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
+                const Tensor& y, PackedWeight::State* packed) {
+    check_linear(x, weight, bias, y);
+    if (x.dim(0) <= kFewRows) {
+        if (y.size() == 0) return;
+        return few_rows(ex, {.t = x.dim(0),
+                             .i = x.dim(1),
+                             .o = weight.dim(0),
+                             .x = matrix_of(x),
+                             .weight = matrix_of(weight),
+                             .bias = bias.data,
+                             .y = y.raw(),
+                             .y_dtype = y.dtype(),
+                             .y_stride = y.stride()});
+    }
+    run(ex, x, weight, bias, y, compute_type(ex, x, weight, packed == nullptr), packed);
+}
+
+}  // namespace
+
+PackedWeight::PackedWeight(Tensor weight) {
+    require_matrix(kOp, "weight", "o i", weight, -1, -1);
+    require(weight.dense(), kOp, "`weight` must be dense to be packed");
+    state_ = std::make_shared<State>(std::move(weight));
+}
+
+const Tensor& PackedWeight::weight() const { return state_->weight; }
+
+void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
+            const Tensor& y) {
+    require(static_cast<bool>(weight), kOp, "`weight` is absent");
+    linear_any(ex, x, weight.weight(), bias, y, &weight.state());
+}
+
+void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
+            const Tensor& y) {
+    linear_any(ex, x, weight, bias, y, nullptr);
+}
+
+void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
+                     View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
+                     View<float, 1> grad_bias) {
+    constexpr std::string_view op = "linear_backward";
+    require(static_cast<bool>(weight), op, "`weight` is absent");
+    const int64_t o = weight.shape[0], i = weight.shape[1];
+    require_matrix(op, "x", "t i", x, -1, i);
+    const int64_t t = x.dim(0);
+    require_shape(op, "grad_y", "t o", grad_y, {t, o});
+    require_shape_if(op, "grad_x", "t i", grad_x, {t, i});
+    require_shape_if(op, "grad_weight", "o i", grad_weight, {o, i});
+    require_shape_if(op, "grad_bias", "o", grad_bias, {o});
+    require(!grad_bias || grad_bias.stride == 1 || o <= 1, op, "`grad_bias` must be dense");
+    if (grad_bias) add_column_sums(ex, grad_y, grad_bias.data);
+    if (t == 0 || o == 0) return;
+    const bool round = ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16();
+    const DType compute = round ? DType::bf16 : DType::f32;
+    Tensor grad_copy, other_copy;
+    const Matrix g = converted(ex, matrix_of(grad_y), t, o, compute, grad_copy);
+    if (grad_x) {
+        const Matrix w = converted(ex, matrix_of(weight), o, i, compute, other_copy);
+        product(ex, {.m = t,
+                     .n = i,
+                     .k = o,
+                     .a = g,
+                     .b = w,
+                     .c = grad_x.data,
+                     .c_stride = grad_x.stride,
+                     .beta = 1.0f});
+    }
+    if (grad_weight) {
+        const Matrix rows = converted(ex, matrix_of(x), t, i, compute, other_copy);
+        product(ex, {.m = o,
+                     .n = i,
+                     .k = t,
+                     .a = transposed(g),
+                     .b = rows,
+                     .c = grad_weight.data,
+                     .c_stride = grad_weight.stride,
+                     .beta = 1.0f});
+    }
+}
+
+void matmul(const Exec& ex, View<const float, 2> a, View<const float, 2> b, View<float, 2> c,
+            const MatmulOptions& options) {
+    constexpr std::string_view op = "matmul";
+    require(a && b && c, op, "an operand is absent");
+    const auto rows = [](const auto& v, bool transpose) { return v.shape[transpose ? 1 : 0]; };
+    const int64_t m = rows(a, options.transpose_a), k = rows(a, !options.transpose_a);
+    const int64_t n = rows(b, !options.transpose_b), k_of_b = rows(b, options.transpose_b);
+    require(k == k_of_b, op, "op(a) is [{}, {}] but op(b) is [{}, {}]", m, k, k_of_b, n);
+    require_shape(op, "c", "m n", c, {m, n});
+    Product p{.m = m,
+              .n = n,
+              .k = k,
+              .a = matrix_of(a),
+              .b = matrix_of(b),
+              .c = c.data,
+              .c_stride = c.stride,
+              .alpha = options.alpha,
+              .beta = options.beta};
+    p.a.transpose = options.transpose_a;
+    p.b.transpose = options.transpose_b;
+    product(ex, p);
+}
+
+}  // namespace ssm
