@@ -3,7 +3,8 @@
 # Compile and link options of everything built here.
 add_library(ssm_options INTERFACE)
 if(SSM_DEV)
-  target_compile_options(ssm_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Werror -Wno-unknown-pragmas)
+  target_compile_options(ssm_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Werror -Wno-unknown-pragmas
+                                               -Wno-missing-field-initializers)
 endif()
 if(SSM_SANITIZE)
   target_compile_options(ssm_options INTERFACE -fsanitize=${SSM_SANITIZE} -fno-omit-frame-pointer

@@ -30,8 +30,8 @@ const Architecture& match(const ConfigReader& config, std::string_view where) {
     for (const Architecture& a : kArchitectures) {
         if (a.matches(config)) return a;
     }
-    fail(ErrorCode::unsupported, "config", "{}: unknown architecture {}; known: {}", where,
-         config.describe("model_type"), known_names());
+    const std::string name = config.holds<std::string>("model_type") ? config.get<std::string>("model_type") : "";
+    fail(ErrorCode::unsupported, where, "unknown 'model_type' \"{}\"; known: {}", name, known_names());
 }
 
 void load_parameter(Checkpoint& checkpoint, const std::string& name, Parameter& p, DType dtype) {
@@ -64,7 +64,7 @@ const Architecture& find_architecture(std::string_view name) {
 }
 
 std::unique_ptr<LanguageModel> build_model(std::string_view config_text, std::string_view where) {
-    const ConfigReader config = ConfigReader::parse(config_text, where);
+    const ConfigReader config = ConfigReader::parse(config_text, std::string(where));
     ModelSpec spec = match(config, where).read(config);
     config.finish();
     if (spec.config.empty()) spec.config = std::string(config_text);
@@ -73,7 +73,7 @@ std::unique_ptr<LanguageModel> build_model(std::string_view config_text, std::st
 
 std::unique_ptr<LanguageModel> load_model(const std::filesystem::path& dir, DType dtype) {
     const std::filesystem::path file = dir / "config.json";
-    auto model = build_model(read_text_file(file), file.string());
+    auto model = build_model(read_text_file(file), "config");
     Checkpoint checkpoint = Checkpoint::open(dir);
     check_tied_head(checkpoint, model->spec());
     model->visit([&](const std::string& name, Parameter& p) { load_parameter(checkpoint, name, p, dtype); });
@@ -85,9 +85,9 @@ void save_model(LanguageModel& model, const std::filesystem::path& dir, const Sa
     const ModelSpec& spec = model.spec();
     std::string config_text = spec.config, embedding_name = spec.embedding_name;
     if (options.layout != spec.layout) {
-        const ConfigReader config = ConfigReader::parse(spec.config, "config.json");
+        const ConfigReader config = ConfigReader::parse(spec.config, "config");
         config_text = find_architecture(spec.architecture).convert_config(config, options.layout);
-        embedding_name = build_model(config_text, "config.json")->spec().embedding_name;
+        embedding_name = build_model(config_text, "config")->spec().embedding_name;
     }
     std::vector<NamedTensor> tensors;
     model.visit([&](const std::string& name, Parameter& p) {

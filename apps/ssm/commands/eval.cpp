@@ -18,7 +18,7 @@ namespace {
 
 struct Options {
     RunOptions run;
-    std::string model, ids, text, ids_type = "u16";
+    std::string model, ids, text, ids_type = "uint16";
     EvaluateOptions evaluate{};
 };
 
@@ -29,7 +29,7 @@ void run(const Options& o) {
     std::vector<int32_t> ids;
     size_t text_bytes = 0;
     if (!o.ids.empty()) {
-        ids = read_ids(o.ids, o.ids_type == "u32" ? DType::u32 : DType::u16);
+        ids = read_ids(o.ids, id_type_from_name(o.ids_type));
     } else {
         const std::string text = read_text(o.text);
         text_bytes = text.size();
@@ -64,17 +64,16 @@ void add_eval(CLI::App& app) {
     CLI::App* c = app.add_subcommand("eval", "Likelihood of a text or of token ids");
     c->add_option("--model", o->model, "Model folder; without it the model that ships with ssm");
     c->add_option("--ids", o->ids, "File of little-endian token ids");
-    c->add_option("--ids-type", o->ids_type, "Their type")->check(CLI::IsMember({"u16", "u32", "uint16", "uint32"}));
+    c->add_option("--ids-type", o->ids_type, "Their type")
+        ->check(CLI::IsMember({"uint16", "uint32", "u16", "u32"}))
+        ->capture_default_str();
     c->add_option("--text", o->text, "File of text; - is stdin");
     c->add_option("--window", o->evaluate.window, "Predicted tokens in a window; each starts from the empty state")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     c->add_flag("--carry-state", o->evaluate.carry_state, "Go on from the state of the window before");
     o->run.add_to(*c);
-    c->callback([o] {
-        if (o->ids_type == "uint32") o->ids_type = "u32";
-        run(*o);
-    });
+    c->callback([o] { run(*o); });
 }
 
 }  // namespace ssm::cli

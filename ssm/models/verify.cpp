@@ -1,0 +1,147 @@
+#include "ssm/models/verify.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "ssm/io/safetensors/safetensors.h"
+#include "ssm/models/registry.h"
+#include "ssm/ops/sample/sample.h"
+
+namespace ssm {
+namespace {
+
+constexpr std::string_view kGradient = "grad.";
+
+// ||actual - expected|| / ||expected|| over dense f32 tensors; infinite where one is not finite.
+double relative_l2(const Tensor& actual, const Tensor& expected) {
+    const auto *a = actual.data<const float>(), *b = expected.data<const float>();
+    double difference = 0, norm = 0;
+    for (int64_t i = 0, n = expected.size(); i < n; ++i) {
+        const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+        if (!std::isfinite(d)) return std::numeric_limits<double>::infinity();
+        difference += d * d;
+        norm += static_cast<double>(b[i]) * static_cast<double>(b[i]);
+    }
+    return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+}
+
+// [rows, columns] of ids as int32.
+std::vector<int32_t> read_id_matrix(const SafetensorsFile& file, const std::string& name, int64_t& rows,
+                                    int64_t& columns) {
+    const Tensor t = file.tensor(name);
+    if (t.dtype() != DType::i64 || t.rank() != 2 || t.size() == 0) {
+        fail(ErrorCode::bad_file, "verify", "{}: '{}' must be an i64 matrix", file.name(), name);
+    }
+    rows = t.dim(0);
+    columns = t.dim(1);
+    const auto* p = t.data<const int64_t>();
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < t.size(); ++i) {
+        if (p[i] < 0 || p[i] > std::numeric_limits<int32_t>::max()) {
+            fail(ErrorCode::bad_file, "verify", "{}: '{}' holds the id {}", file.name(), name, p[i]);
+        }
+        ids.push_back(static_cast<int32_t>(p[i]));
+    }
+    return ids;
+}
+
+Tensor expected_tensor(const SafetensorsFile& file, const std::string& name, const Shape& shape) {
+    const Tensor t = file.tensor(name, shape);
+    return t.to(DType::f32);
+}
+
+// ids of greedy decoding from `prompt`, one step at a time.
+std::vector<int32_t> greedy_continuation(const Exec& ex, LanguageModel& model, std::span<const int32_t> prompt,
+                                         int64_t count) {
+    ModelState state = model.new_state(1);
+    std::vector<int32_t> ids;
+    std::vector<int32_t> feed(prompt.begin(), prompt.end());
+    while (static_cast<int64_t>(ids.size()) < count) {
+        const auto t = static_cast<int64_t>(feed.size());
+        const int64_t cu_seqlens[] = {0, t};
+        Ctx ctx{.exec = ex, .activation = model.dtype()};
+        if (t > 1) ctx.cu_seqlens = cu_seqlens;
+        const Var hidden = model.hidden(ctx, {feed.data(), {t}}, &state);
+        const Tensor logits = model.logits(ctx, hidden.value().rows(t - 1, t));
+        ids.push_back(argmax({logits.data<const float>(), static_cast<size_t>(model.vocab())}));
+        feed.assign(1, ids.back());
+    }
+    return ids;
+}
+
+void verify_greedy(const Exec& ex, LanguageModel& model, const SafetensorsFile& expected,
+                   const std::vector<int32_t>& input_ids, int64_t l, Verified& out) {
+    int64_t rows = 0, columns = 0;
+    const auto greedy = read_id_matrix(expected, "greedy", rows, columns);
+    int64_t p = 0;
+    while (p < std::min(l, columns) && greedy[static_cast<size_t>(p)] == input_ids[static_cast<size_t>(p)]) ++p;
+    if (rows != 1 || p == 0 || p == columns) {
+        fail(ErrorCode::bad_file, "verify", "{}: 'greedy' must be [1, P+G] and begin like 'input_ids'", expected.name());
+    }
+    const auto ids = greedy_continuation(ex, model, {greedy.data(), static_cast<size_t>(p)}, columns - p);
+    double differing = 0;
+    for (size_t i = 0; i < ids.size(); ++i) differing += ids[i] != greedy[static_cast<size_t>(p) + i];
+    out.quantities.push_back({"greedy", differing, 0});
+}
+
+void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFile& expected,
+                      const std::vector<int32_t>& input_ids, std::span<const int64_t> cu_seqlens, int64_t l,
+                      const VerifyOptions& options, Verified& out) {
+    // Targets: the next id; none at a sequence's end.
+    std::vector<int32_t> targets(input_ids.size(), -1);
+    for (size_t i = 0; i + 1 < input_ids.size(); ++i) {
+        if ((static_cast<int64_t>(i) + 1) % l != 0) targets[i] = input_ids[i + 1];
+    }
+    model.require_grad();
+    Tape tape;
+    Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
+    const auto t = static_cast<int64_t>(input_ids.size());
+    const Var loss = model.loss(ctx, {input_ids.data(), {t}}, {targets.data(), {t}});
+    tape.backward();
+    out.quantities.push_back(
+        {"loss", relative_l2(loss.value(), expected_tensor(expected, "loss", {}).reshape({1})), options.logits_tolerance});
+    std::set<std::string, std::less<>> compared;
+    model.visit([&](const std::string& name, Parameter& p) {
+        const std::string key = std::string(kGradient) + name;
+        if (!expected.contains(key)) fail(ErrorCode::bad_file, "verify", "{} lacks '{}'", expected.name(), key);
+        out.quantities.push_back({key, relative_l2(p.var.grad(ex), expected_tensor(expected, key, p.shape)),
+                                  options.gradient_tolerance});
+        compared.insert(key);
+    });
+    for (const TensorInfo& info : expected.tensors()) {
+        if (info.name.starts_with(kGradient) && !compared.contains(info.name)) {
+            fail(ErrorCode::bad_file, "verify", "{}: '{}' is of no parameter of the model", expected.name(), info.name);
+        }
+    }
+}
+
+}  // namespace
+
+bool Verified::ok() const {
+    return std::ranges::all_of(quantities, [](const Quantity& q) { return q.ok(); });
+}
+
+Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const VerifyOptions& options) {
+    const auto model = load_model(dir, options.dtype);
+    const SafetensorsFile expected = SafetensorsFile::open(dir / "expected.safetensors");
+    int64_t b = 0, l = 0;
+    const auto input_ids = read_id_matrix(expected, "input_ids", b, l);
+    std::vector<int64_t> cu_seqlens;
+    for (int64_t i = 0; i <= b; ++i) cu_seqlens.push_back(i * l);
+
+    Verified out;
+    Ctx ctx{.exec = ex, .cu_seqlens = cu_seqlens, .activation = options.dtype};
+    const Var hidden = model->hidden(ctx, {input_ids.data(), {b * l}}, nullptr);
+    const Tensor logits = model->logits(ctx, hidden.value());
+    out.quantities.push_back({"logits",
+                              relative_l2(logits, expected_tensor(expected, "logits", {b, l, model->vocab()})),
+                              options.logits_tolerance});
+    if (options.dtype != DType::f32) return out;
+    verify_greedy(ex, *model, expected, input_ids, l, out);
+    verify_gradients(ex, *model, expected, input_ids, cu_seqlens, l, options, out);
+    return out;
+}
+
+}  // namespace ssm
