@@ -16,7 +16,8 @@
 #include "ssm/core/error.h"
 
 int main(int argc, char** argv) {
-    CLI::App app{"ssm.cpp: train, run, evaluate and inspect state space models (Mamba, Mamba-2, Falcon Mamba)."};
+    CLI::App app{
+        "ssm.cpp: train, run, evaluate and inspect state space models (Mamba, Mamba-2, Falcon Mamba)."};
     app.require_subcommand(1);
     app.set_version_flag("--version", std::string(SSM_VERSION));
     app.failure_message(CLI::FailureMessage::simple);

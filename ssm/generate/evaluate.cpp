@@ -17,7 +17,8 @@ void add_piece(const Exec& ex, LanguageModel& model, std::span<const int32_t> id
     model.nll(ctx, hidden.value(), {ids.data() + begin + 1, {t}}, nll.view<float, 1>());
     for (int64_t i = 0; i < t; ++i) {
         const auto x = static_cast<double>(nll.data<float>()[i]);
-        if (std::isnan(x)) fail(ErrorCode::numeric, "eval", "the likelihood of token {} is NaN", begin + 1 + i);
+        if (std::isnan(x))
+            fail(ErrorCode::numeric, "eval", "the likelihood of token {} is NaN", begin + 1 + i);
         result.nll += x;
     }
     result.tokens += t;
@@ -41,8 +42,10 @@ Evaluation evaluate(const Exec& ex, LanguageModel& model, std::span<const int32_
         cu_seqlens.assign(1, 0);
         int64_t end = begin;
         if (in_pieces) {
-            const int64_t next_window = options.carry_state ? total : (begin / options.window + 1) * options.window;
-            if (begin == 0 || (!options.carry_state && begin % options.window == 0)) state = model.new_state(1);
+            const int64_t next_window =
+                options.carry_state ? total : (begin / options.window + 1) * options.window;
+            if (begin == 0 || (!options.carry_state && begin % options.window == 0))
+                state = model.new_state(1);
             end = std::min({begin + options.batch_tokens, next_window, total});
             cu_seqlens.push_back(end - begin);
         } else {

@@ -9,8 +9,8 @@
 namespace ssm {
 
 struct EvaluateOptions {
-    int64_t window = 512;       // predicted tokens in a row
-    bool carry_state = false;   // continue from the state of the window before, instead of from zero
+    int64_t window = 512;         // predicted tokens in a row
+    bool carry_state = false;     // continue from the state of the window before, instead of from zero
     int64_t batch_tokens = 2048;  // windows that are independent run together, up to this many tokens
 };
 
@@ -21,9 +21,11 @@ struct Evaluation {
     double mean_nll() const { return nll / static_cast<double>(tokens); }
 };
 
-// Predicts ids[1], ids[2], ... from what stands before, in consecutive windows. Memory is constant in the number
-// of ids. `progress` is called after each piece with what there is so far. Throws Error(numeric) at the first NaN.
+// Predicts ids[1], ids[2], ... from what stands before, in consecutive windows. Memory is constant in the
+// number of ids. `progress` is called after each piece with what there is so far. Throws Error(numeric) at
+// the first NaN.
 Evaluation evaluate(const Exec& ex, LanguageModel& model, std::span<const int32_t> ids,
-                    const EvaluateOptions& options, const std::function<void(const Evaluation&)>& progress = {});
+                    const EvaluateOptions& options,
+                    const std::function<void(const Evaluation&)>& progress = {});
 
 }  // namespace ssm

@@ -36,7 +36,8 @@ std::string StopFilter::flush() { return std::exchange(held_, {}); }
 Generated generate(Session& session, Sampler& sampler, const Tokenizer* tokenizer, const LanguageModel& model,
                    const GenerateOptions& options, const std::function<void(const std::string&)>& on_text) {
     require(options.stop.empty() || tokenizer != nullptr, "generate", "stop strings need a tokenizer");
-    const int64_t valid = tokenizer != nullptr ? std::min<int64_t>(tokenizer->size(), model.vocab()) : model.vocab();
+    const int64_t valid =
+        tokenizer != nullptr ? std::min<int64_t>(tokenizer->size(), model.vocab()) : model.vocab();
     std::optional<StreamDecoder> decoder;
     if (tokenizer != nullptr) decoder.emplace(*tokenizer);
     StopFilter filter(options.stop);

@@ -23,9 +23,9 @@ struct Generated {
     double seconds = 0;  // of decoding
 };
 
-// Continues `session`, whose prompt has been consumed. `tokenizer` may be null (then no text). `on_text` receives
-// the text piece by piece: whole UTF-8 characters, nothing that could still become part of a stop string.
-// Every generated token has been consumed afterwards, so the session can be saved and continued.
+// Continues `session`, whose prompt has been consumed. `tokenizer` may be null (then no text). `on_text`
+// receives the text piece by piece: whole UTF-8 characters, nothing that could still become part of a stop
+// string. Every generated token has been consumed afterwards, so the session can be saved and continued.
 Generated generate(Session& session, Sampler& sampler, const Tokenizer* tokenizer, const LanguageModel& model,
                    const GenerateOptions& options, const std::function<void(const std::string&)>& on_text);
 

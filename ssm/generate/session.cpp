@@ -21,7 +21,8 @@ uint64_t parse_u64(const std::string& text, const std::string& file, const char*
 
 }  // namespace
 
-Session::Session(const Exec& ex, LanguageModel& model) : exec_(ex), model_(model), state_(model.new_state(1)) {}
+Session::Session(const Exec& ex, LanguageModel& model)
+    : exec_(ex), model_(model), state_(model.new_state(1)) {}
 
 void Session::consume(std::span<const int32_t> ids) {
     for (const int32_t id : ids) {
@@ -42,7 +43,8 @@ void Session::consume(std::span<const int32_t> ids) {
 }
 
 std::span<const float> Session::logits() const {
-    require(static_cast<bool>(logits_), "generate", "the prompt is empty: there is no token to continue from");
+    require(static_cast<bool>(logits_), "generate",
+            "the prompt is empty: there is no token to continue from");
     return {logits_.data<const float>(), static_cast<size_t>(logits_.size())};
 }
 
@@ -66,11 +68,13 @@ void Session::load(const std::filesystem::path& file, Sampler& sampler) {
     const auto& metadata = saved.metadata();
     const auto text = [&](const char* key) {
         const auto it = metadata.find(key);
-        if (it == metadata.end()) fail(ErrorCode::bad_file, "state", "{} is not a saved state: '{}' is missing", shown, key);
+        if (it == metadata.end())
+            fail(ErrorCode::bad_file, "state", "{} is not a saved state: '{}' is missing", shown, key);
         return it->second;
     };
     if (text("format") != kFormat) {
-        fail(ErrorCode::bad_file, "state", "{} is not a saved state of this version (\"{}\")", shown, kFormat);
+        fail(ErrorCode::bad_file, "state", "{} is not a saved state of this version (\"{}\")", shown,
+             kFormat);
     }
     if (parse_u64(text("model"), shown, "model") != model_.fingerprint()) {
         fail(ErrorCode::bad_file, "state", "{} was saved with another model or another dtype", shown);
@@ -79,8 +83,8 @@ void Session::load(const std::filesystem::path& file, Sampler& sampler) {
     const auto read = [&](const std::string& name, const Shape& shape, DType dtype) {
         const Tensor t = saved.tensor(name);
         if (t.dtype() != dtype || t.shape() != shape) {
-            fail(ErrorCode::bad_file, "state", "{}: '{}' must be {} {} but is {} {}", shown, name, name_of(dtype),
-                 to_string(shape), name_of(t.dtype()), to_string(t.shape()));
+            fail(ErrorCode::bad_file, "state", "{}: '{}' must be {} {} but is {} {}", shown, name,
+                 name_of(dtype), to_string(shape), name_of(t.dtype()), to_string(t.shape()));
         }
         return t.clone();
     };
@@ -91,8 +95,8 @@ void Session::load(const std::filesystem::path& file, Sampler& sampler) {
     const auto* first = ids.data<const int32_t>();
     for (int64_t i = 0; i < ids.size(); ++i) {
         if (first[i] < 0 || first[i] >= model_.vocab()) {
-            fail(ErrorCode::bad_file, "state", "{}: token id {} is outside the vocabulary of {}", shown, first[i],
-                 model_.vocab());
+            fail(ErrorCode::bad_file, "state", "{}: token id {} is outside the vocabulary of {}", shown,
+                 first[i], model_.vocab());
         }
     }
     sampler.set_draws(parse_u64(text("draws"), shown, "draws"));

@@ -1,5 +1,5 @@
-// Session: one sequence being read and continued. Memory does not grow with its length, but for the history of
-// ids (4 bytes a token) that the repetition penalty and a saved state need.
+// Session: one sequence being read and continued. Memory does not grow with its length, but for the history
+// of ids (4 bytes a token) that the repetition penalty and a saved state need.
 #pragma once
 
 #include <filesystem>
@@ -15,16 +15,17 @@ class Session {
 public:
     Session(const Exec& ex, LanguageModel& model);
 
-    // Feeds tokens: one by one as steps, many in chunks of kPrefillChunk. Afterwards logits() are those of the last
-    // one. Throws Error(invalid_argument) for an id outside the vocabulary, before any state has changed.
+    // Feeds tokens: one by one as steps, many in chunks of kPrefillChunk. Afterwards logits() are those of
+    // the last one. Throws Error(invalid_argument) for an id outside the vocabulary, before any state has
+    // changed.
     void consume(std::span<const int32_t> ids);
     // Of the next token; throws when nothing was consumed yet.
     std::span<const float> logits() const;
     const std::vector<int32_t>& history() const { return history_; }
     size_t state_bytes() { return state_.bytes(); }
 
-    // State, last logits, history and the sampler's position as one safetensors file. load() throws Error(bad_file)
-    // for a file of another model.
+    // State, last logits, history and the sampler's position as one safetensors file. load() throws
+    // Error(bad_file) for a file of another model.
     void save(const std::filesystem::path& file, const Sampler& sampler);
     void load(const std::filesystem::path& file, Sampler& sampler);
 

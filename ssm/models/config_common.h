@@ -16,7 +16,8 @@ inline std::vector<int32_t> read_eos(const ConfigReader& config) {
         config.ignore({"eos_token_id"});
         return {};
     }
-    if (config.holds<int64_t>("eos_token_id")) return {static_cast<int32_t>(config.get<int64_t>("eos_token_id"))};
+    if (config.holds<int64_t>("eos_token_id"))
+        return {static_cast<int32_t>(config.get<int64_t>("eos_token_id"))};
     const auto ids = config.get<std::vector<int64_t>>("eos_token_id");
     return {ids.begin(), ids.end()};
 }

@@ -1,5 +1,5 @@
-// The original mamba_ssm package's config.json, as far as its models share it: {"d_model", "n_layer", "vocab_size",
-// "ssm_cfg": {"layer", ...}, ...}; tensors are named as in transformers but for the embedding.
+// The original mamba_ssm package's config.json, as far as its models share it: {"d_model", "n_layer",
+// "vocab_size", "ssm_cfg": {"layer", ...}, ...}; tensors are named as in transformers but for the embedding.
 #pragma once
 
 #include "ssm/io/json/config_reader.h"

@@ -22,7 +22,8 @@ constexpr Architecture kArchitectures[] = {
 
 std::string known_names() {
     std::string names;
-    for (const Architecture& a : kArchitectures) names += fmt::format("{}{}", names.empty() ? "" : ", ", a.name);
+    for (const Architecture& a : kArchitectures)
+        names += fmt::format("{}{}", names.empty() ? "" : ", ", a.name);
     return names;
 }
 
@@ -30,7 +31,8 @@ const Architecture& match(const ConfigReader& config, std::string_view where) {
     for (const Architecture& a : kArchitectures) {
         if (a.matches(config)) return a;
     }
-    const std::string name = config.holds<std::string>("model_type") ? config.get<std::string>("model_type") : "";
+    const std::string name =
+        config.holds<std::string>("model_type") ? config.get<std::string>("model_type") : "";
     fail(ErrorCode::unsupported, where, "unknown 'model_type' \"{}\"; known: {}", name, known_names());
 }
 
@@ -47,8 +49,8 @@ void check_tied_head(Checkpoint& checkpoint, const ModelSpec& spec) {
     const Tensor head = checkpoint.tensor(spec.head_name), embedding = checkpoint.tensor(spec.embedding_name);
     if (head.dtype() != embedding.dtype() || head.shape() != embedding.shape() ||
         std::memcmp(head.raw(), embedding.raw(), head.bytes()) != 0) {
-        fail(ErrorCode::bad_file, "model", "'{}' differs from '{}' although config.json ties them", spec.head_name,
-             spec.embedding_name);
+        fail(ErrorCode::bad_file, "model", "'{}' differs from '{}' although config.json ties them",
+             spec.head_name, spec.embedding_name);
     }
 }
 

@@ -53,8 +53,8 @@ Tensor expected_tensor(const SafetensorsFile& file, const std::string& name, con
 }
 
 // ids of greedy decoding from `prompt`, one step at a time.
-std::vector<int32_t> greedy_continuation(const Exec& ex, LanguageModel& model, std::span<const int32_t> prompt,
-                                         int64_t count) {
+std::vector<int32_t> greedy_continuation(const Exec& ex, LanguageModel& model,
+                                         std::span<const int32_t> prompt, int64_t count) {
     ModelState state = model.new_state(1);
     std::vector<int32_t> ids;
     std::vector<int32_t> feed(prompt.begin(), prompt.end());
@@ -76,9 +76,11 @@ void verify_greedy(const Exec& ex, LanguageModel& model, const SafetensorsFile& 
     int64_t rows = 0, columns = 0;
     const auto greedy = read_id_matrix(expected, "greedy", rows, columns);
     int64_t p = 0;
-    while (p < std::min(l, columns) && greedy[static_cast<size_t>(p)] == input_ids[static_cast<size_t>(p)]) ++p;
+    while (p < std::min(l, columns) && greedy[static_cast<size_t>(p)] == input_ids[static_cast<size_t>(p)])
+        ++p;
     if (rows != 1 || p == 0 || p == columns) {
-        fail(ErrorCode::bad_file, "verify", "{}: 'greedy' must be [1, P+G] and begin like 'input_ids'", expected.name());
+        fail(ErrorCode::bad_file, "verify", "{}: 'greedy' must be [1, P+G] and begin like 'input_ids'",
+             expected.name());
     }
     const auto ids = greedy_continuation(ex, model, {greedy.data(), static_cast<size_t>(p)}, columns - p);
     double differing = 0;
@@ -100,19 +102,22 @@ void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFil
     const auto t = static_cast<int64_t>(input_ids.size());
     const Var loss = model.loss(ctx, {input_ids.data(), {t}}, {targets.data(), {t}});
     tape.backward();
-    out.quantities.push_back(
-        {"loss", relative_l2(loss.value(), expected_tensor(expected, "loss", {}).reshape({1})), options.logits_tolerance});
+    out.quantities.push_back({"loss",
+                              relative_l2(loss.value(), expected_tensor(expected, "loss", {}).reshape({1})),
+                              options.logits_tolerance});
     std::set<std::string, std::less<>> compared;
     model.visit([&](const std::string& name, Parameter& p) {
         const std::string key = std::string(kGradient) + name;
-        if (!expected.contains(key)) fail(ErrorCode::bad_file, "verify", "{} lacks '{}'", expected.name(), key);
+        if (!expected.contains(key))
+            fail(ErrorCode::bad_file, "verify", "{} lacks '{}'", expected.name(), key);
         out.quantities.push_back({key, relative_l2(p.var.grad(ex), expected_tensor(expected, key, p.shape)),
                                   options.gradient_tolerance});
         compared.insert(key);
     });
     for (const TensorInfo& info : expected.tensors()) {
         if (info.name.starts_with(kGradient) && !compared.contains(info.name)) {
-            fail(ErrorCode::bad_file, "verify", "{}: '{}' is of no parameter of the model", expected.name(), info.name);
+            fail(ErrorCode::bad_file, "verify", "{}: '{}' is of no parameter of the model", expected.name(),
+                 info.name);
         }
     }
 }
@@ -135,9 +140,9 @@ Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const Ve
     Ctx ctx{.exec = ex, .cu_seqlens = cu_seqlens, .activation = options.dtype};
     const Var hidden = model->hidden(ctx, {input_ids.data(), {b * l}}, nullptr);
     const Tensor logits = model->logits(ctx, hidden.value());
-    out.quantities.push_back({"logits",
-                              relative_l2(logits, expected_tensor(expected, "logits", {b, l, model->vocab()})),
-                              options.logits_tolerance});
+    out.quantities.push_back(
+        {"logits", relative_l2(logits, expected_tensor(expected, "logits", {b, l, model->vocab()})),
+         options.logits_tolerance});
     if (options.dtype != DType::f32) return out;
     verify_greedy(ex, *model, expected, input_ids, l, out);
     verify_gradients(ex, *model, expected, input_ids, cu_seqlens, l, options, out);

@@ -1,4 +1,5 @@
-// Comparing a checkpoint with the expectation beside it (DESIGN.md): logits, loss, every gradient, greedy ids.
+// Comparing a checkpoint with the expectation beside it (DESIGN.md): logits, loss, every gradient, greedy
+// ids.
 #pragma once
 
 #include <filesystem>
@@ -25,7 +26,8 @@ struct Verified {
     bool ok() const;
 };
 
-// `dir` holds the model and expected.safetensors. Throws Error(bad_file) when the expectation does not fit the model.
+// `dir` holds the model and expected.safetensors. Throws Error(bad_file) when the expectation does not fit
+// the model.
 Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const VerifyOptions& options);
 
 }  // namespace ssm

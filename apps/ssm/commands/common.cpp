@@ -37,7 +37,8 @@ std::filesystem::path shipped_model() {
     if (!error) {
         fs::path dir = program.parent_path();
         roots.push_back(dir.parent_path() / "share" / "ssm");
-        for (int up = 0; up < 5 && dir.has_relative_path(); ++up, dir = dir.parent_path()) roots.push_back(dir);
+        for (int up = 0; up < 5 && dir.has_relative_path(); ++up, dir = dir.parent_path())
+            roots.push_back(dir);
     }
     roots.push_back(fs::current_path(error));
     for (const fs::path& root : roots) {
@@ -56,7 +57,8 @@ std::vector<int32_t> parse_ids(const std::string& text) {
         }
         int32_t id = 0;
         const auto [next, error] = std::from_chars(p, end, id);
-        if (error != std::errc() || (next != end && std::string_view(" ,\t\n").find(*next) == std::string::npos)) {
+        if (error != std::errc() ||
+            (next != end && std::string_view(" ,\t\n").find(*next) == std::string::npos)) {
             const std::string_view rest(p, static_cast<size_t>(end - p));
             fail(ErrorCode::invalid_argument, "ids", "'{}' is not a token id",
                  rest.substr(0, std::min<size_t>(rest.find_first_of(" ,\t\n"), 24)));

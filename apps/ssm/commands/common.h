@@ -26,8 +26,8 @@ struct RunOptions {
     DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
 };
 
-// The model that ships with the program: beside the sources or under share/ssm of the installation. Throws when
-// neither is there.
+// The model that ships with the program: beside the sources or under share/ssm of the installation. Throws
+// when neither is there.
 std::filesystem::path shipped_model();
 
 // "1 2 3" or "1,2,3" -> ids; throws naming what is not a number.

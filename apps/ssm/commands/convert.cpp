@@ -24,7 +24,8 @@ void run(const Options& o) {
     for (const char* name : {"tokenizer.json", "generation_config.json"}) {
         std::error_code error;
         if (!fs::exists(fs::path(o.dir) / name, error)) continue;
-        fs::copy_file(fs::path(o.dir) / name, fs::path(o.out) / name, fs::copy_options::overwrite_existing, error);
+        fs::copy_file(fs::path(o.dir) / name, fs::path(o.out) / name, fs::copy_options::overwrite_existing,
+                      error);
         if (error) fail(ErrorCode::io, "convert", "{} cannot be copied: {}", name, error.message());
     }
     std::fprintf(stderr, "%s: %lld parameters as %s\n", o.out.c_str(),
@@ -41,7 +42,9 @@ void add_convert(CLI::App& app) {
     c->add_option("--layout", o->layout, "hf: transformers'; mamba_ssm: the original package's")
         ->check(CLI::IsMember({"hf", "mamba_ssm"}))
         ->capture_default_str();
-    c->add_option("--dtype", o->dtype, "Of the matrices")->check(CLI::IsMember({"f32", "bf16"}))->capture_default_str();
+    c->add_option("--dtype", o->dtype, "Of the matrices")
+        ->check(CLI::IsMember({"f32", "bf16"}))
+        ->capture_default_str();
     c->add_option("--max-shard-bytes", o->max_shard_bytes, "Largest file of tensors")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();

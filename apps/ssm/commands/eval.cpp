@@ -39,8 +39,9 @@ void run(const Options& o) {
     const bool terminal = isatty(STDERR_FILENO) != 0;
     const Evaluation e = evaluate(ex, *model, ids, o.evaluate, [&](const Evaluation& now) {
         if (!terminal) return;
-        std::fprintf(stderr, "\r%lld of %zu tokens, mean_nll %.4f, %.0f tokens/s ", static_cast<long long>(now.tokens),
-                     ids.size() - 1, now.mean_nll(), static_cast<double>(now.tokens) / now.seconds);
+        std::fprintf(stderr, "\r%lld of %zu tokens, mean_nll %.4f, %.0f tokens/s ",
+                     static_cast<long long>(now.tokens), ids.size() - 1, now.mean_nll(),
+                     static_cast<double>(now.tokens) / now.seconds);
     });
     if (terminal) std::fprintf(stderr, "\n");
     nlohmann::ordered_json result = {{"tokens", e.tokens},
@@ -68,7 +69,8 @@ void add_eval(CLI::App& app) {
         ->check(CLI::IsMember({"uint16", "uint32", "u16", "u32"}))
         ->capture_default_str();
     c->add_option("--text", o->text, "File of text; - is stdin");
-    c->add_option("--window", o->evaluate.window, "Predicted tokens in a window; each starts from the empty state")
+    c->add_option("--window", o->evaluate.window,
+                  "Predicted tokens in a window; each starts from the empty state")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     c->add_flag("--carry-state", o->evaluate.carry_state, "Go on from the state of the window before");

@@ -29,7 +29,8 @@ std::vector<int32_t> prompt_ids(const Options& o, const Tokenizer* tokenizer) {
     if (!o.ids.empty()) return parse_ids(o.ids);
     const std::string text = o.prompt_file.empty() ? o.prompt : read_text(o.prompt_file);
     if (text.empty()) return {};
-    require(tokenizer != nullptr, "generate", "the model folder has no tokenizer.json; give the prompt as --ids");
+    require(tokenizer != nullptr, "generate",
+            "the model folder has no tokenizer.json; give the prompt as --ids");
     return tokenizer->encode(text, o.load_state.empty());
 }
 
@@ -75,7 +76,9 @@ void run(Options o) {
     }
     std::printf("\n");
     std::fflush(stdout);
-    std::fprintf(stderr, "\n%zu tokens read at %.0f tokens/s, %zu written at %.0f tokens/s; state %zu bytes, weights %.1f MB\n",
+    std::fprintf(stderr,
+                 "\n%zu tokens read at %.0f tokens/s, %zu written at %.0f tokens/s; state %zu bytes, weights "
+                 "%.1f MB\n",
                  ids.size(), prefill_rate, out.ids.size(), decode_rate, session.state_bytes(),
                  static_cast<double>(model->weight_bytes()) / 1e6);
 }
@@ -97,15 +100,18 @@ void add_generate(CLI::App& app) {
     c->add_flag("--greedy", o->greedy, "Always the most likely token");
     c->add_option("--temperature", o->sampler.temperature, "Flattens (> 1) or sharpens (< 1); 0 is greedy")
         ->capture_default_str();
-    c->add_option("--top-k", o->sampler.top_k, "Keep the k most likely tokens; 0: all")->capture_default_str();
+    c->add_option("--top-k", o->sampler.top_k, "Keep the k most likely tokens; 0: all")
+        ->capture_default_str();
     c->add_option("--top-p", o->sampler.top_p, "Keep the smallest set that has this probability")
         ->capture_default_str();
     c->add_option("--min-p", o->sampler.min_p, "Keep tokens at least this likely, relative to the likeliest")
         ->capture_default_str();
-    c->add_option("--repetition-penalty", o->sampler.repetition_penalty, "Makes tokens seen before less likely (> 1)")
+    c->add_option("--repetition-penalty", o->sampler.repetition_penalty,
+                  "Makes tokens seen before less likely (> 1)")
         ->capture_default_str();
     c->add_option("--seed", o->sampler.seed, "Of the random numbers")->capture_default_str();
-    c->add_option("--stop", o->generate.stop, "End before this text (may be repeated)")->allow_extra_args(false);
+    c->add_option("--stop", o->generate.stop, "End before this text (may be repeated)")
+        ->allow_extra_args(false);
     c->add_flag("--ignore-eos", o->generate.ignore_eos, "Go on after an end-of-text token");
     c->add_option("--save-state", o->save_state, "Write the state afterwards, to go on later");
     c->add_option("--load-state", o->load_state, "Start from a saved state");

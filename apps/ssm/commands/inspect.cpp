@@ -32,7 +32,8 @@ void run(const std::string& dir, bool json) {
     const std::filesystem::path path = dir.empty() ? shipped_model() : std::filesystem::path(dir);
     const auto model = load_model(path, DType::f32);
     std::map<std::string, int64_t> parts;
-    model->visit([&](const std::string& name, Parameter& p) { parts[part_of(name)] += element_count(p.shape); });
+    model->visit(
+        [&](const std::string& name, Parameter& p) { parts[part_of(name)] += element_count(p.shape); });
     ModelState state = model->new_state(1);
     const auto state_bytes = static_cast<int64_t>(state.bytes());
     const auto layers = static_cast<int64_t>(state.layers.size());
@@ -42,25 +43,28 @@ void run(const std::string& dir, bool json) {
                             {"state_bytes", state_bytes},
                             {"kv_cache_bytes", 2 * layers * model->spec().e * 4 * tokens}});
     }
-    nlohmann::ordered_json result = {{"architecture", model->spec().architecture},
-                                     {"layout", model->spec().layout == Layout::mamba_ssm ? "mamba_ssm" : "hf"},
-                                     {"layers", layers},
-                                     {"hidden_size", model->spec().e},
-                                     {"vocab_size", model->vocab()},
-                                     {"tied_embeddings", model->spec().tie_embeddings},
-                                     {"parameters", model->parameter_count()},
-                                     {"parameters_by_part", parts},
-                                     {"state_bytes", state_bytes},
-                                     {"contexts", contexts}};
+    nlohmann::ordered_json result = {
+        {"architecture", model->spec().architecture},
+        {"layout", model->spec().layout == Layout::mamba_ssm ? "mamba_ssm" : "hf"},
+        {"layers", layers},
+        {"hidden_size", model->spec().e},
+        {"vocab_size", model->vocab()},
+        {"tied_embeddings", model->spec().tie_embeddings},
+        {"parameters", model->parameter_count()},
+        {"parameters_by_part", parts},
+        {"state_bytes", state_bytes},
+        {"contexts", contexts}};
     if (json) {
         print_json(result);
         return;
     }
-    for (const char* key : {"architecture", "layout", "layers", "hidden_size", "vocab_size", "tied_embeddings"}) {
+    for (const char* key :
+         {"architecture", "layout", "layers", "hidden_size", "vocab_size", "tied_embeddings"}) {
         std::printf("%-16s %s\n", key, result[key].dump().c_str());
     }
     std::printf("%-16s %lld\n", "parameters", static_cast<long long>(model->parameter_count()));
-    for (const auto& [part, count] : parts) std::printf("  %-24s %lld\n", part.c_str(), static_cast<long long>(count));
+    for (const auto& [part, count] : parts)
+        std::printf("  %-24s %lld\n", part.c_str(), static_cast<long long>(count));
     std::printf("\n%-10s %16s %34s\n", "tokens", "state bytes", "KV cache bytes (a Transformer, f32)");
     for (const auto& c : contexts) {
         std::printf("%-10s %16s %34s\n", c["tokens"].dump().c_str(), c["state_bytes"].dump().c_str(),

@@ -22,12 +22,14 @@ void run(const Options& o) {
     if (o.run.json) {
         nlohmann::ordered_json list = nlohmann::ordered_json::array();
         for (const auto& q : verified.quantities) {
-            list.push_back({{"name", q.name}, {"error", q.error}, {"tolerance", q.tolerance}, {"ok", q.ok()}});
+            list.push_back(
+                {{"name", q.name}, {"error", q.error}, {"tolerance", q.tolerance}, {"ok", q.ok()}});
         }
         print_json({{"ok", verified.ok()}, {"quantities", list}});
     } else {
         for (const auto& q : verified.quantities) {
-            std::printf("%-4s %-12.3g (at most %g)  %s\n", q.ok() ? "ok" : "FAIL", q.error, q.tolerance, q.name.c_str());
+            std::printf("%-4s %-12.3g (at most %g)  %s\n", q.ok() ? "ok" : "FAIL", q.error, q.tolerance,
+                        q.name.c_str());
         }
     }
     size_t failed = 0;
@@ -43,7 +45,8 @@ void run(const Options& o) {
 
 void add_verify(CLI::App& app) {
     auto o = std::make_shared<Options>();
-    CLI::App* c = app.add_subcommand("verify", "Compare a checkpoint with the expected.safetensors beside it");
+    CLI::App* c =
+        app.add_subcommand("verify", "Compare a checkpoint with the expected.safetensors beside it");
     c->add_option("dir", o->dir, "Model folder")->required();
     o->run.add_to(*c);
     c->callback([o] { run(*o); });

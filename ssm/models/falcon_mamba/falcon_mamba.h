@@ -1,5 +1,5 @@
-// Falcon Mamba (Zuo et al. 2024): transformers' `falcon_mamba`: Mamba with an RMSNorm without weight on delta, B
-// and C after x_proj.
+// Falcon Mamba (Zuo et al. 2024): transformers' `falcon_mamba`: Mamba with an RMSNorm without weight on
+// delta, B and C after x_proj.
 #pragma once
 
 #include "ssm/models/registry.h"

@@ -22,7 +22,7 @@ Config read_mamba_ssm(const ConfigReader& config) {
     m.k = s.get_or<int64_t>("d_conv", 4, between(2, 64));
     m.d = static_cast<int64_t>(s.get_or<double>("expand", 2.0, between(0.01, 64)) * static_cast<double>(m.e));
     m.r = s.holds<std::string>("dt_rank") || !s.has("dt_rank") ? automatic_rank(m.e)
-                                                              : s.get<int64_t>("dt_rank", kDimension);
+                                                               : s.get<int64_t>("dt_rank", kDimension);
     if (s.holds<std::string>("dt_rank")) s.choice("dt_rank", {"auto"});
     m.projection_bias = s.get_or("bias", false);
     m.conv_bias = s.get_or("conv_bias", true);
@@ -95,7 +95,8 @@ Config read_hugging_face(const ConfigReader& config) {
     m.n = config.get_or<int64_t>("state_size", 16, kDimension);
     m.k = config.get_or<int64_t>("conv_kernel", 4, between(2, 64));
     const auto expand = config.get_or<double>("expand", 2.0, between(0.01, 64));
-    m.d = config.get_or<int64_t>("intermediate_size", static_cast<int64_t>(expand * static_cast<double>(m.e)), kDimension);
+    m.d = config.get_or<int64_t>("intermediate_size", static_cast<int64_t>(expand * static_cast<double>(m.e)),
+                                 kDimension);
     if (config.holds<std::string>("time_step_rank")) {
         config.choice("time_step_rank", {"auto"});
         m.r = automatic_rank(m.e);
@@ -105,11 +106,12 @@ Config read_hugging_face(const ConfigReader& config) {
     m.projection_bias = config.get_or("use_bias", false);
     m.conv_bias = config.get_or("use_conv_bias", true);
     config.choice_or("hidden_act", "silu", {"silu", "swish"});
-    // How a new model is drawn, how others compute it, and the original package's names for what was read above.
-    config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32", "time_step_min",
-                   "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme", "use_mambapy",
-                   "use_associative_scan", "d_inner", "d_model", "n_layer", "ssm_cfg", "rms_norm", "fused_add_norm",
-                   "pad_vocab_size_multiple"});
+    // How a new model is drawn, how others compute it, and the original package's names for what was read
+    // above.
+    config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32",
+                   "time_step_min", "time_step_max", "time_step_floor", "time_step_scale",
+                   "time_step_init_scheme", "use_mambapy", "use_associative_scan", "d_inner", "d_model",
+                   "n_layer", "ssm_cfg", "rms_norm", "fused_add_norm", "pad_vocab_size_multiple"});
     return c;
 }
 
@@ -125,12 +127,14 @@ ModelSpec make_spec(const Config& c, std::string_view architecture) {
     spec.embedding_name = c.layout == Layout::mamba_ssm ? mamba_ssm_layout::kEmbedding
                                                         : mamba_ssm_layout::kHuggingFaceEmbedding;
     name_backbone(spec);
-    for (int64_t i = 0; i < c.mixer.layers; ++i) add_backbone_layer(spec, std::make_unique<MambaMixer>(c.mixer));
+    for (int64_t i = 0; i < c.mixer.layers; ++i)
+        add_backbone_layer(spec, std::make_unique<MambaMixer>(c.mixer));
     return spec;
 }
 
 bool matches(const ConfigReader& config) {
-    if (config.has("model_type")) return config.holds<std::string>("model_type") && config.get<std::string>("model_type") == "mamba";
+    if (config.has("model_type"))
+        return config.holds<std::string>("model_type") && config.get<std::string>("model_type") == "mamba";
     return mamba_ssm_layout::matches(config, "Mamba1");
 }
 
@@ -153,7 +157,8 @@ std::string new_config(const NewModel& shape) {
 std::string convert_config(const ConfigReader& config, Layout to) {
     const Config c = read_config(config);
     if (to == Layout::hugging_face) return hugging_face_text(c);
-    if (c.norm_eps != 1e-5f) config.reject("layer_norm_epsilon", "cannot be said in the mamba_ssm layout, only 1e-05");
+    if (c.norm_eps != 1e-5f)
+        config.reject("layer_norm_epsilon", "cannot be said in the mamba_ssm layout, only 1e-05");
     return mamba_ssm_text(c);
 }
 

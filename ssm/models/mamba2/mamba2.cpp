@@ -35,7 +35,8 @@ Config read_hugging_face(const ConfigReader& config) {
     c.norm_eps = m.norm_eps = config.get_or<float>("layer_norm_epsilon", 1e-5f, between(0, 1));
     c.tie_embeddings = config.get_or("tie_word_embeddings", false);
     c.eos = read_eos(config);
-    c.chunk = config.get_or<int64_t>("chunk_size", 256, kDimension);  // how transformers splits the sum, not what it is
+    c.chunk = config.get_or<int64_t>("chunk_size", 256,
+                                     kDimension);  // how transformers splits the sum, not what it is
     m.e = config.get_or<int64_t>("hidden_size", 4096, kDimension);
     m.layers = config.get_or<int64_t>("num_hidden_layers", 64, kDimension);
     m.h = config.get_or<int64_t>("num_heads", 128, kDimension);
@@ -46,18 +47,20 @@ Config read_hugging_face(const ConfigReader& config) {
     config.require_divides("n_groups", m.g, "num_heads", m.h);
     const auto expand = config.get_or<double>("expand", 2.0, between(0.01, 64));
     if (std::llround(expand * static_cast<double>(m.e)) != m.d()) {
-        config.reject("expand", fmt::format("times 'hidden_size' = {} must equal 'num_heads' x 'head_dim' = {}", m.e, m.d()));
+        config.reject(
+            "expand",
+            fmt::format("times 'hidden_size' = {} must equal 'num_heads' x 'head_dim' = {}", m.e, m.d()));
     }
     m.projection_bias = config.get_or("use_bias", false);
     m.conv_bias = config.get_or("use_conv_bias", true);
     read_dt_limit(config, "time_step_limit", m);
     config.choice_or("hidden_act", "silu", {"silu", "swish"});
     config.expect("rms_norm", true);
-    // How a new model is drawn and how others compute it. transformers' code reads neither `norm_before_gate` nor
-    // `time_step_rank` of this family; `intermediate_size` is h p.
-    config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32", "time_step_min",
-                   "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme", "time_step_rank",
-                   "norm_before_gate", "intermediate_size"});
+    // How a new model is drawn and how others compute it. transformers' code reads neither `norm_before_gate`
+    // nor `time_step_rank` of this family; `intermediate_size` is h p.
+    config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32",
+                   "time_step_min", "time_step_max", "time_step_floor", "time_step_scale",
+                   "time_step_init_scheme", "time_step_rank", "norm_before_gate", "intermediate_size"});
     return c;
 }
 
@@ -71,7 +74,8 @@ Config read_mamba_ssm(const ConfigReader& config) {
     c.eos = {0};  // the gpt-neox-20b tokenizer's <|endoftext|>, with which these models were trained
     m.e = shared.e;
     m.layers = shared.layers;
-    const auto d = static_cast<int64_t>(s.get_or<double>("expand", 2.0, between(0.01, 64)) * static_cast<double>(m.e));
+    const auto d =
+        static_cast<int64_t>(s.get_or<double>("expand", 2.0, between(0.01, 64)) * static_cast<double>(m.e));
     m.p = s.get_or<int64_t>("headdim", 64, kDimension);
     s.require_divides("headdim", m.p, "expand * d_model", d);
     m.h = d / m.p;
@@ -129,15 +133,12 @@ std::string hugging_face_text(const Config& c) {
 
 std::string mamba_ssm_text(const Config& c) {
     const Mamba2Config& m = c.mixer;
-    nlohmann::ordered_json ssm_cfg = {{"layer", "Mamba2"},
-                                      {"d_state", m.n},
-                                      {"d_conv", m.k},
-                                      {"expand", shortest(static_cast<float>(m.d()) / static_cast<float>(m.e))},
-                                      {"headdim", m.p},
-                                      {"ngroups", m.g},
-                                      {"chunk_size", c.chunk},
-                                      {"bias", m.projection_bias},
-                                      {"conv_bias", m.conv_bias}};
+    nlohmann::ordered_json ssm_cfg = {
+        {"layer", "Mamba2"},       {"d_state", m.n},
+        {"d_conv", m.k},           {"expand", shortest(static_cast<float>(m.d()) / static_cast<float>(m.e))},
+        {"headdim", m.p},          {"ngroups", m.g},
+        {"chunk_size", c.chunk},   {"bias", m.projection_bias},
+        {"conv_bias", m.conv_bias}};
     if (m.D_has_hdim) ssm_cfg["D_has_hdim"] = true;
     if (m.norm_before_gate) ssm_cfg["norm_before_gate"] = true;
     if (m.dt_limit_min > 0 || !std::isinf(m.dt_limit_max)) ssm_cfg["dt_limit"] = limit_json(m);
@@ -158,7 +159,8 @@ std::string mamba_ssm_text(const Config& c) {
 }  // namespace
 
 bool matches(const ConfigReader& config) {
-    if (config.has("model_type")) return config.holds<std::string>("model_type") && config.get<std::string>("model_type") == "mamba2";
+    if (config.has("model_type"))
+        return config.holds<std::string>("model_type") && config.get<std::string>("model_type") == "mamba2";
     return mamba_ssm_layout::matches(config, "Mamba2");
 }
 
@@ -175,7 +177,8 @@ ModelSpec read(const ConfigReader& config) {
     spec.embedding_name = c.layout == Layout::mamba_ssm ? mamba_ssm_layout::kEmbedding
                                                         : mamba_ssm_layout::kHuggingFaceEmbedding;
     name_backbone(spec);
-    for (int64_t i = 0; i < c.mixer.layers; ++i) add_backbone_layer(spec, std::make_unique<Mamba2Mixer>(c.mixer));
+    for (int64_t i = 0; i < c.mixer.layers; ++i)
+        add_backbone_layer(spec, std::make_unique<Mamba2Mixer>(c.mixer));
     return spec;
 }
 
@@ -188,8 +191,8 @@ std::string new_config(const NewModel& shape) {
     m.e = shape.e;
     m.layers = shape.layers;
     m.p = shape.p > 0 ? shape.p : 64;
-    require(shape.expand * shape.e % m.p == 0, "model", "the inner width {} is not a multiple of the head dimension {}",
-            shape.expand * shape.e, m.p);
+    require(shape.expand * shape.e % m.p == 0, "model",
+            "the inner width {} is not a multiple of the head dimension {}", shape.expand * shape.e, m.p);
     m.h = shape.expand * shape.e / m.p;
     m.g = shape.g;
     require(m.h % m.g == 0, "model", "{} heads do not divide into {} groups", m.h, m.g);
@@ -202,12 +205,16 @@ std::string convert_config(const ConfigReader& config, Layout to) {
     const Config c = read_config(config);
     const Mamba2Config& m = c.mixer;
     // The two packages differ in the groups of the gated norm; with one group they are the same.
-    if (m.g != 1) config.reject(c.layout == Layout::mamba_ssm ? "ssm_cfg" : "n_groups", "means another norm in the other layout");
+    if (m.g != 1)
+        config.reject(c.layout == Layout::mamba_ssm ? "ssm_cfg" : "n_groups",
+                      "means another norm in the other layout");
     if (to == Layout::mamba_ssm) {
-        if (c.norm_eps != 1e-5f) config.reject("layer_norm_epsilon", "cannot be said in the mamba_ssm layout, only 1e-05");
+        if (c.norm_eps != 1e-5f)
+            config.reject("layer_norm_epsilon", "cannot be said in the mamba_ssm layout, only 1e-05");
         return mamba_ssm_text(c);
     }
-    if (m.D_has_hdim || m.norm_before_gate) config.reject("ssm_cfg", "cannot be said in transformers' layout");
+    if (m.D_has_hdim || m.norm_before_gate)
+        config.reject("ssm_cfg", "cannot be said in transformers' layout");
     return hugging_face_text(c);
 }
 
