@@ -19,6 +19,7 @@
 
 #include <limits>
 
+#include "ssm/core/dtype.h"
 #include "ssm/core/exec.h"
 #include "ssm/core/view.h"
 #include "ssm/ops/sequences.h"

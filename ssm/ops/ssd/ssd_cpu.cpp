@@ -1,0 +1,377 @@
+// SSD forward and step on the CPU.
+//
+// Forward: per chunk and group G = C B^T once (threads over chunks and groups), then per sequence and head
+// the chunks in order with the state S^T [n p] in L1 (threads over sequences and heads). Long inputs go
+// through in slabs of chunks, so that the scratch of the first part stays in the cache; the state crosses
+// from slab to slab in `carry`.
+#include "ssm/core/parallel.h"
+#include "ssm/ops/ssd/ssd_impl.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ssm/ops/ssd/ssd_cpu.cpp"  // NOLINT
+#include <hwy/foreach_target.h>                       // NOLINT
+#include <hwy/highway.h>
+
+#include "ssm/ops/ssd/ssd_chunk-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace ssm::HWY_NAMESPACE {
+namespace {
+
+using ssd_detail::Chunk;
+using ssd_detail::ChunkList;
+
+constexpr int64_t kSlabFloats = int64_t{2} << 20;
+
+// Scratch of one worker.
+struct HeadScratch {
+    TimeSteps steps;
+    float* X;         // [q p]
+    float* X_to_end;  // [q p]
+    float* M;         // [q q]
+    float* Y;         // [q p]
+    float* St;        // [n p]
+};
+
+int64_t head_scratch_floats(int64_t q, int64_t p, int64_t n) {
+    return time_steps_floats(q) + (3 * q + n) * scratch_stride(p) + q * scratch_stride(q);
+}
+HeadScratch place_head_scratch(float* memory, int64_t q, int64_t p, int64_t n) {
+    const int64_t stride = scratch_stride(p);
+    HeadScratch s{};
+    s.steps = place_time_steps(memory, q);
+    s.X = memory + time_steps_floats(q);
+    s.X_to_end = s.X + q * stride;
+    s.Y = s.X_to_end + q * stride;
+    s.St = s.Y + q * stride;
+    s.M = s.St + n * stride;
+    return s;
+}
+
+// A run of chunks of one sequence inside a slab, for one head.
+template <class T>
+struct HeadRun {
+    const SsdInputs<T>* in;
+    View<T, 3> y;
+    View<float, 4> chunk_states;
+    int64_t q_max, head, group;
+};
+
+// y = Y + D x of one head and chunk.
+template <class T>
+HWY_INLINE void write_y(const HeadRun<T>& run, const Chunk& chunk, const float* Y) {
+    const FloatTag d;
+    const View<const float, 2>& D = run.in->D;
+    const int64_t p = run.in->x.shape[2], lanes = float_lanes(), stride = scratch_stride(p);
+    const float* D_row = D ? D.row(run.head) : nullptr;
+    const bool wide = D && D.shape[1] > 1;
+    for (int64_t i = 0; i < chunk.length; ++i) {
+        const T* x = run.in->x.row(chunk.begin + i) + run.head * p;
+        T* y = run.y.row(chunk.begin + i) + run.head * p;
+        const float* row = Y + i * stride;
+        int64_t j = 0;
+        for (; j + lanes <= p; j += lanes) {
+            FloatVec v = load_floats(row + j);
+            if (D_row != nullptr) {
+                v = hn::MulAdd(wide ? load_floats(D_row + j) : hn::Set(d, D_row[0]), load_floats(x + j), v);
+            }
+            store_floats(v, y + j);
+        }
+        for (; j < p; ++j) {
+            const float skip = D_row == nullptr ? 0.0f : D_row[wide ? j : 0] * static_cast<float>(x[j]);
+            y[j] = static_cast<T>(row[j] + skip);
+        }
+    }
+}
+
+// One chunk of one head. `zero_state`: the state entering is zero and St is not read.
+template <class T>
+HWY_INLINE void chunk_forward(const HeadRun<T>& run, const Chunk& chunk, const GroupChunk& shared,
+                              HeadScratch& s, bool zero_state, bool update_state) {
+    const int64_t p = run.in->x.shape[2], n = run.in->B.shape[2], q = chunk.length;
+    const int64_t stride_p = scratch_stride(p), stride_n = scratch_stride(n),
+                  stride_q = scratch_stride(run.q_max);
+    load_time_steps(*run.in, chunk, run.head, s.steps);
+    pack_x(*run.in, chunk, run.head, s.steps, s.X, s.X_to_end);
+    float* const M = s.M;
+    const float* const G = shared.G;
+    for_each_decay(
+        s.steps, q,
+        [=](int64_t i, int64_t j, FloatVec L)
+            HWY_ATTR { store_floats(hn::Mul(L, load_floats(G + i * stride_q + j)), M + i * stride_q + j); },
+        [](int64_t) {});
+    if (!zero_state) {
+        multiply({.a = shared.C,
+                  .a_row = stride_n,
+                  .a_k = 1,
+                  .panel = s.St,
+                  .panel_stride = stride_p,
+                  .out = s.Y,
+                  .out_stride = stride_p,
+                  .rows = q,
+                  .columns = p,
+                  .depth = n});
+    }
+    multiply({.a = M,
+              .a_row = stride_q,
+              .a_k = 1,
+              .panel = s.X,
+              .panel_stride = stride_p,
+              .out = s.Y,
+              .out_stride = stride_p,
+              .rows = q,
+              .columns = p,
+              .depth = q,
+              .beta = zero_state ? nullptr : s.steps.from_start,
+              .beta_stride = 1},
+             Triangle::lower);
+    write_y(run, chunk, s.Y);
+    if (update_state) {
+        multiply({.a = shared.B,
+                  .a_row = 1,
+                  .a_k = stride_n,
+                  .panel = s.X_to_end,
+                  .panel_stride = stride_p,
+                  .out = s.St,
+                  .out_stride = stride_p,
+                  .rows = n,
+                  .columns = p,
+                  .depth = q,
+                  .beta = zero_state ? nullptr : &s.steps.total});
+    }
+}
+
+// [p n] dense -> S^T with zero padding, and back.
+void load_state(const float* state, int64_t p, int64_t n, float* St) {
+    const int64_t stride = scratch_stride(p);
+    if (state == nullptr) {
+        std::fill(St, St + n * stride, 0.0f);
+        return;
+    }
+    transpose(state, n, p, n, St, stride);
+    zero_padding(St, stride, n, p);
+}
+void store_state(const float* St, int64_t p, int64_t n, float* state) {
+    transpose(St, scratch_stride(p), n, p, state, n);
+}
+
+template <class T>
+struct Forward {
+    const Exec& ex;
+    const SsdInputs<T>& in;
+    View<T, 3> y;
+    View<float, 4> final_state, chunk_states;
+    ChunkList list;
+    int64_t h, p, g, n, q;  // q: the longest chunk
+    float *shared, *carry_in, *carry_out, *scratch;
+    int64_t workers;
+
+    // The chunks of sequence s inside first .. last, for one head.
+    void run_head(int64_t s, int64_t head, int64_t first, int64_t last, HeadScratch& m) const {
+        const int64_t begin = std::max(first, list.first[s]), end = std::min(last, list.first[s + 1]);
+        const HeadRun<T> run{&in, y, chunk_states, q, head, head / (h / g)};
+        const bool starts = begin == list.first[s], ends = end == list.first[s + 1];
+        const float* initial = in.initial_state ? in.initial_state.row(s) + head * p * n : nullptr;
+        const int64_t St_size = n * scratch_stride(p);
+        bool zero_state = starts && initial == nullptr;
+        if (starts) {
+            load_state(initial, p, n, m.St);
+        } else {
+            std::copy(carry_in + head * St_size, carry_in + (head + 1) * St_size, m.St);
+        }
+        for (int64_t c = begin; c < end; ++c) {
+            if (chunk_states) store_state(m.St, p, n, chunk_states.row(c) + head * p * n);
+            const GroupChunk group_chunk =
+                place_group_chunk(shared + ((c - first) * g + run.group) * group_chunk_floats(q, n), q, n);
+            const bool update_state = c + 1 < end || !ends || final_state;
+            chunk_forward(run, list.chunks[c], group_chunk, m, zero_state, update_state);
+            zero_state = false;
+        }
+        if (ends && final_state) store_state(m.St, p, n, final_state.row(s) + head * p * n);
+        if (!ends) std::copy(m.St, m.St + St_size, carry_out + head * St_size);
+    }
+
+    // All sequences that own or, when empty, lie at a chunk of first .. last; work is split by tokens.
+    void run_slab(int64_t first, int64_t last, int64_t s_begin, int64_t s_end) const {
+        const auto cost = [&](int64_t s) {
+            return 1 +
+                   std::max<int64_t>(0, std::min(last, list.first[s + 1]) - std::max(first, list.first[s]));
+        };
+        int64_t total = 0;
+        for (int64_t s = s_begin; s < s_end; ++s) total += h * cost(s);
+        parallel_for(ex, workers, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
+            for (int64_t w = begin; w < end; ++w) {
+                HeadScratch m = place_head_scratch(scratch + w * head_scratch_floats(q, p, n), q, p, n);
+                int64_t position = 0;
+                for (int64_t s = s_begin; s < s_end; ++s) {
+                    for (int64_t head = 0; head < h; ++head, position += cost(s)) {
+                        if (position * workers / total == w) run_head(s, head, first, last, m);
+                    }
+                }
+            }
+        });
+    }
+};
+
+template <class T>
+void forward(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> final_state,
+             View<float, 4> chunk_states, int64_t chunk) {
+    ChunkList list = ssd_detail::make_chunks(in.cu_seqlens, chunk);
+    const int64_t q = list.longest, count = static_cast<int64_t>(list.chunks.size());
+    const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
+    const int64_t per_chunk = g * group_chunk_floats(q, n), per_worker = head_scratch_floats(q, p, n);
+    const int64_t slab = std::max<int64_t>(1, std::min(count, kSlabFloats / per_chunk));
+    const int64_t carry = h * n * scratch_stride(p), workers = std::max(ex.threads, 1);
+    const Scratch<float> memory(ex, static_cast<size_t>(slab * per_chunk + 2 * carry + workers * per_worker));
+    float* const carry_memory = memory.data() + slab * per_chunk;
+    Forward<T> f{ex,
+                 in,
+                 y,
+                 final_state,
+                 chunk_states,
+                 std::move(list),
+                 h,
+                 p,
+                 g,
+                 n,
+                 q,
+                 memory.data(),
+                 carry_memory,
+                 carry_memory + carry,
+                 carry_memory + 2 * carry,
+                 workers};
+    const int64_t sequences = static_cast<int64_t>(in.cu_seqlens.size()) - 1;
+    int64_t s = 0, first = 0;
+    do {
+        const int64_t last = std::min(count, first + slab);
+        fill_group_chunks(ex, in, f.list, first, last, f.shared);
+        int64_t s_end = s;  // one past the last sequence with work in this slab
+        while (s_end < sequences && (f.list.first[s_end] < last || f.list.first[s_end + 1] <= last)) ++s_end;
+        f.run_slab(first, last, s, s_end);
+        std::swap(f.carry_in, f.carry_out);
+        s = s_end > s && f.list.first[s_end] > last ? s_end - 1 : s_end;
+        first = last;
+    } while (first < count);
+}
+
+// kRows rows of one head's state: advanced and read out, n elements each, in one pass over memory.
+template <int kRows, class T>
+HWY_INLINE void step_rows(float a, const float* X, const T* B, const T* C, int64_t n, float* HWY_RESTRICT S,
+                          float* HWY_RESTRICT out) {
+    const FloatTag d;
+    const int64_t lanes = float_lanes();
+    const FloatVec decay_v = hn::Set(d, a);
+    FloatVec sum[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        const FloatVec b = load_floats(B + i), c = load_floats(C + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            float* const s = S + r * n + i;
+            const FloatVec v = hn::MulAdd(hn::Set(d, X[r]), b, hn::Mul(decay_v, load_floats(s)));
+            store_floats(v, s);
+            sum[r] = hn::MulAdd(c, v, sum[r]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        out[r] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+        for (int64_t k = i; k < n; ++k) {
+            float& v = S[r * n + k];
+            v = a * v + X[r] * static_cast<float>(B[k]);
+            out[r] += static_cast<float>(C[k]) * v;
+        }
+    }
+}
+
+template <class T>
+void step_head(const SsdInputs<T>& in, int64_t s, int64_t head, float* state, T* y) {
+    const FloatTag d;
+    const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
+    const float bias = in.dt_bias ? in.dt_bias.data[head * in.dt_bias.stride] : 0.0f;
+    const FloatVec dt_v = time_step(in, hn::Set(d, static_cast<float>(in.dt.row(s)[head]) + bias));
+    const float dt = hn::GetLane(dt_v);
+    const float a = hn::GetLane(decay(hn::Set(d, dt * in.A.data[head * in.A.stride])));
+    const T* x = in.x.row(s) + head * p;
+    const T* B = in.B.row(s) + head / (h / g) * n;
+    const T* C = in.C.row(s) + head / (h / g) * n;
+    constexpr int kRows = 4;
+    float X[kRows], out[kRows];
+    for (int64_t i = 0; i < p; i += kRows) {
+        const int64_t rows = std::min<int64_t>(kRows, p - i);
+        for (int64_t r = 0; r < rows; ++r) X[r] = dt * static_cast<float>(x[i + r]);
+        if (rows == kRows) {
+            step_rows<kRows>(a, X, B, C, n, state + i * n, out);
+        } else {
+            for (int64_t r = 0; r < rows; ++r) step_rows<1>(a, X + r, B, C, n, state + (i + r) * n, out + r);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const float skip = in.D ? in.D.row(head)[in.D.shape[1] > 1 ? i + r : 0] : 0.0f;
+            y[i + r] = static_cast<T>(out[r] + skip * static_cast<float>(x[i + r]));
+        }
+    }
+}
+
+template <class T>
+void step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
+    const int64_t h = in.x.shape[1], p = in.x.shape[2], n = in.B.shape[2];
+    parallel_for(ex, in.x.shape[0] * h, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t s = i / h, head = i % h;
+            step_head(in, s, head, state.row(s) + head * p * n, y.row(s) + head * p);
+        }
+    });
+}
+
+}  // namespace
+
+void SsdF32(const Exec& ex, const SsdInputs<float>& in, View<float, 3> y, View<float, 4> final_state,
+            View<float, 4> chunk_states, int64_t chunk) {
+    forward(ex, in, y, final_state, chunk_states, chunk);
+}
+void SsdBf16(const Exec& ex, const SsdInputs<bf16>& in, View<bf16, 3> y, View<float, 4> final_state,
+             View<float, 4> chunk_states, int64_t chunk) {
+    forward(ex, in, y, final_state, chunk_states, chunk);
+}
+void SsdStepF32(const Exec& ex, const SsdInputs<float>& in, View<float, 4> state, View<float, 3> y) {
+    step(ex, in, state, y);
+}
+void SsdStepBf16(const Exec& ex, const SsdInputs<bf16>& in, View<float, 4> state, View<bf16, 3> y) {
+    step(ex, in, state, y);
+}
+
+}  // namespace ssm::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace ssm {
+HWY_EXPORT(SsdF32);
+HWY_EXPORT(SsdBf16);
+HWY_EXPORT(SsdStepF32);
+HWY_EXPORT(SsdStepBf16);
+}  // namespace ssm
+
+namespace ssm::cpu {
+
+template <>
+void ssd<float>(const Exec& ex, const SsdInputs<float>& in, View<float, 3> y, View<float, 4> final_state,
+                View<float, 4> chunk_states, int64_t chunk) {
+    HWY_DYNAMIC_DISPATCH(SsdF32)(ex, in, y, final_state, chunk_states, chunk);
+}
+template <>
+void ssd<bf16>(const Exec& ex, const SsdInputs<bf16>& in, View<bf16, 3> y, View<float, 4> final_state,
+               View<float, 4> chunk_states, int64_t chunk) {
+    HWY_DYNAMIC_DISPATCH(SsdBf16)(ex, in, y, final_state, chunk_states, chunk);
+}
+template <>
+void ssd_step<float>(const Exec& ex, const SsdInputs<float>& in, View<float, 4> state, View<float, 3> y) {
+    HWY_DYNAMIC_DISPATCH(SsdStepF32)(ex, in, state, y);
+}
+template <>
+void ssd_step<bf16>(const Exec& ex, const SsdInputs<bf16>& in, View<float, 4> state, View<bf16, 3> y) {
+    HWY_DYNAMIC_DISPATCH(SsdStepBf16)(ex, in, state, y);
+}
+
+}  // namespace ssm::cpu
+#endif  // HWY_ONCE
