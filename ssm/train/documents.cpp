@@ -30,7 +30,8 @@ class DocumentReader::Lines {
 public:
     Lines(const std::filesystem::path& path, bool compressed)
         : path_(path), file_(std::fopen(path.c_str(), "rb")), input_(kBlock) {
-        if (!file_) fail(ErrorCode::io, "corpus", "cannot read `{}`: {}", path.string(), std::strerror(errno));
+        if (!file_)
+            fail(ErrorCode::io, "corpus", "cannot read `{}`: {}", path.string(), std::strerror(errno));
         if (compressed) {
             stream_.reset(ZSTD_createDStream());
             if (!stream_) fail(ErrorCode::io, "corpus", "cannot allocate a zstd stream");

@@ -47,4 +47,14 @@ inline uint64_t hash_bytes(std::string_view text, uint64_t seed = 0) {
     return hash_bytes(text.data(), text.size(), seed);
 }
 
+// The hash of a sequence of blocks, each kHashBlock bytes but the last: for files written as a stream.
+inline constexpr size_t kHashBlock = size_t{1} << 20;
+inline uint64_t hash_blocks(const void* data, size_t size, uint64_t seed = 0) {
+    const auto* p = static_cast<const unsigned char*>(data);
+    for (size_t at = 0; at < size; at += kHashBlock) {
+        seed = hash_bytes(p + at, size - at < kHashBlock ? size - at : kHashBlock, seed);
+    }
+    return seed;
+}
+
 }  // namespace ssm

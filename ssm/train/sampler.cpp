@@ -72,10 +72,9 @@ Sampler::Sampler(std::vector<WeightedFile> files, SamplerOptions options) : opti
         f.per_epoch = std::max<uint64_t>(
             1, static_cast<uint64_t>(std::llround(f.source.weight * static_cast<double>(f.items))));
         epoch_size_ += f.per_epoch;
-        epoch_tokens_ +=
-            options.packed
-                ? static_cast<int64_t>(f.source.weight * static_cast<double>(t.tokens() - 1))
-                : static_cast<int64_t>(f.per_epoch) * options.length;
+        epoch_tokens_ += options.packed
+                             ? static_cast<int64_t>(f.source.weight * static_cast<double>(t.tokens() - 1))
+                             : static_cast<int64_t>(f.per_epoch) * options.length;
         files_.push_back(std::move(f));
     }
 }

@@ -1,21 +1,19 @@
 #include "ssm/train/token_file.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <exception>
-#include <optional>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "ssm/core/error.h"
 #include "ssm/core/parallel.h"
-#include "ssm/train/durable.h"
+#include "ssm/io/atomic_file.h"
 #include "ssm/train/hash.h"
 
 namespace ssm {
@@ -25,19 +23,19 @@ namespace {
 
 constexpr char kMagic[8] = {'s', 's', 'm', 't', 'o', 'k', '0', '1'};
 
-// The first bytes of the file; all integers little-endian.
-struct Header {
+// The last bytes of the file; all integers little-endian.
+struct Footer {
     char magic[8];
     uint64_t id_bytes, tokens, documents, text_bytes;
     uint64_t source_size, source_hash;
     int64_t source_time;  // nanoseconds
     uint64_t fingerprint;
-    uint64_t content_hash;
-    uint64_t header_hash;  // of all fields above
+    uint64_t content_hash;  // of all bytes before the footer, as blocks
+    uint64_t footer_hash;   // of all fields above
 };
-static_assert(sizeof(Header) == 88);
+static_assert(sizeof(Footer) == 88);
 
-uint64_t hash_of(const Header& h) { return hash_bytes(&h, offsetof(Header, header_hash)); }
+uint64_t hash_of(const Footer& f) { return hash_bytes(&f, offsetof(Footer, footer_hash)); }
 
 size_t padded(uint64_t bytes) { return (bytes + 7) / 8 * 8; }
 
@@ -55,32 +53,9 @@ SourceStamp stamp(const fs::path& source) {
     return {static_cast<uint64_t>(s.st_size), s.st_mtim.tv_sec * int64_t{1000000000} + s.st_mtim.tv_nsec};
 }
 
-// The file in memory; absent when it does not exist or is empty.
-struct Mapped {
-    std::shared_ptr<const std::byte> data;
-    size_t size = 0;
-};
-Mapped map_file(const fs::path& path) {
-    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return {};
-    struct stat s {};
-    Mapped m;
-    if (::fstat(fd, &s) == 0 && s.st_size > 0) {
-        const auto size = static_cast<size_t>(s.st_size);
-        void* p = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, fd, 0);
-        if (p != MAP_FAILED) {
-            m.data = {static_cast<const std::byte*>(p),
-                      [size](const std::byte* q) { ::munmap(const_cast<std::byte*>(q), size); }};
-            m.size = size;
-        }
-    }
-    ::close(fd);
-    return m;
-}
-
 uint64_t hash_file(const fs::path& path) {
-    const Mapped m = map_file(path);
-    return hash_bytes(m.data.get(), m.size);
+    const auto map = MappedFile::open(path);
+    return hash_blocks(map->bytes().data(), map->bytes().size());
 }
 
 fs::path cache_name(const fs::path& source, const fs::path& cache, uint64_t fingerprint) {
@@ -88,10 +63,40 @@ fs::path cache_name(const fs::path& source, const fs::path& cache, uint64_t fing
     return cache / fmt::format("{}-{:016x}.tokens", source.filename().string(), place);
 }
 
+// A stream into an AtomicFile in blocks, which are hashed on their way.
+class HashedStream {
+public:
+    explicit HashedStream(AtomicFile& out) : out_(out) { block_.reserve(kHashBlock); }
+    void write(const void* data, size_t bytes) {
+        const auto* p = static_cast<const std::byte*>(data);
+        while (bytes > 0) {
+            const size_t count = std::min(bytes, kHashBlock - block_.size());
+            block_.insert(block_.end(), p, p + count);
+            p += count;
+            bytes -= count;
+            if (block_.size() == kHashBlock) flush();
+        }
+    }
+    uint64_t finish() {
+        if (!block_.empty()) flush();
+        return hash_;
+    }
+
+private:
+    void flush() {
+        hash_ = hash_blocks(block_.data(), block_.size(), hash_);
+        out_.write(block_);
+        block_.clear();
+    }
+    AtomicFile& out_;
+    std::vector<std::byte> block_;
+    uint64_t hash_ = 0;
+};
+
 // Encodes documents in batches of a few MiB, the documents of a batch side by side.
 class Builder {
 public:
-    Builder(const Exec& ex, const TextEncoder& encoder, DurableFile& out, bool wide)
+    Builder(const Exec& ex, const TextEncoder& encoder, AtomicFile& out, bool wide)
         : ex_(ex), encoder_(encoder), out_(out), wide_(wide) {
         const int32_t eos = encoder.end_of_document;
         put(std::span(&eos, 1));
@@ -111,16 +116,17 @@ public:
         }
         encode(batch);
     }
-    // Writes the offsets; the header's counts.
-    void finish(Header& h) {
-        h.tokens = tokens_;
-        h.documents = offsets_.size();
-        h.text_bytes = text_bytes_;
+    // Writes the offsets; gives the counts.
+    void finish(Footer& f) {
+        f.tokens = tokens_;
+        f.documents = offsets_.size();
+        f.text_bytes = text_bytes_;
         offsets_.push_back(tokens_);
-        const size_t bytes = tokens_ * h.id_bytes;
+        const size_t bytes = tokens_ * f.id_bytes;
         const uint64_t zero = 0;
         out_.write(&zero, padded(bytes) - bytes);
         out_.write(offsets_.data(), offsets_.size() * sizeof(uint64_t));
+        f.content_hash = out_.finish();
     }
 
 private:
@@ -159,75 +165,72 @@ private:
 
     const Exec& ex_;
     const TextEncoder& encoder_;
-    DurableFile& out_;
+    HashedStream out_;
     bool wide_;
     uint64_t tokens_ = 0, text_bytes_ = 0;
     std::vector<uint64_t> offsets_;
     std::vector<uint16_t> narrow_;
 };
 
+bool is_wide(const TextEncoder& encoder) { return encoder.vocabulary > 65536; }
+
 void build(const Exec& ex, const fs::path& source, const fs::path& target, const TextEncoder& encoder,
            const DocumentOptions& options, uint64_t fingerprint) {
-    Header h{};
-    std::memcpy(h.magic, kMagic, sizeof kMagic);
-    h.fingerprint = fingerprint;
+    Footer f{};
+    std::memcpy(f.magic, kMagic, sizeof kMagic);
+    f.fingerprint = fingerprint;
     const SourceStamp before = stamp(source);  // a source that changes meanwhile makes the cache stale
-    h.source_size = before.size;
-    h.source_time = before.time;
+    f.source_size = before.size;
+    f.source_time = before.time;
     DocumentReader reader(source, options);
-    h.source_hash = hash_file(source);
-    const bool wide = encoder.vocabulary > 65536;
-    h.id_bytes = wide ? 4 : 2;
+    f.source_hash = hash_file(source);
+    f.id_bytes = is_wide(encoder) ? 4 : 2;
 
-    DurableFile out(target);
-    out.write(&h, sizeof h);
-    Builder builder(ex, encoder, out, wide);
+    AtomicFile out(target);
+    Builder builder(ex, encoder, out, is_wide(encoder));
     builder.run(reader);
-    builder.finish(h);
-    if (h.documents == 0) fail(ErrorCode::bad_file, "corpus", "`{}` has no documents", source.string());
-    out.flush();
-    const Mapped written = map_file(out.temporary());
-    h.content_hash = hash_bytes(written.data.get() + sizeof h, written.size - sizeof h);
-    h.header_hash = hash_of(h);
-    out.write_at(0, &h, sizeof h);
+    builder.finish(f);
+    if (f.documents == 0) fail(ErrorCode::bad_file, "corpus", "`{}` has no documents", source.string());
+    f.footer_hash = hash_of(f);
+    out.write(std::as_bytes(std::span(&f, 1)));
     out.commit();
 }
 
 }  // namespace
 
-struct TokenFileParser {
-    // The file if it is sound and made from this source.
-    static std::optional<TokenFile> parse(const fs::path& path, const fs::path& source,
+std::optional<TokenFile> TokenFile::parse(const fs::path& path, const fs::path& source,
                                           const TextEncoder& encoder, uint64_t fingerprint) {
-        const Mapped m = map_file(path);
-        Header h{};
-        if (m.size < sizeof h) return std::nullopt;
-        std::memcpy(&h, m.data.get(), sizeof h);
-        if (std::memcmp(h.magic, kMagic, sizeof kMagic) != 0 || h.header_hash != hash_of(h)) {
-            return std::nullopt;
-        }
-        const size_t ids = sizeof h, offsets = ids + padded(h.tokens * h.id_bytes);
-        const bool sound = h.fingerprint == fingerprint &&
-                           h.id_bytes == (encoder.vocabulary > 65536 ? 4u : 2u) &&
-                           offsets + (h.documents + 1) * sizeof(uint64_t) == m.size &&
-                           h.content_hash == hash_bytes(m.data.get() + ids, m.size - ids);
-        if (!sound) return std::nullopt;
-        const SourceStamp now = stamp(source);
-        const bool touched = now.time != h.source_time;
-        if (now.size != h.source_size || (touched && hash_file(source) != h.source_hash)) return std::nullopt;
-
-        TokenFile f;
-        f.map_ = m.data;
-        f.ids_ = m.data.get() + ids;
-        f.offsets_ = reinterpret_cast<const uint64_t*>(m.data.get() + offsets);
-        f.wide_ = h.id_bytes == 4;
-        f.tokens_ = static_cast<int64_t>(h.tokens);
-        f.documents_ = static_cast<int64_t>(h.documents);
-        f.text_bytes_ = static_cast<int64_t>(h.text_bytes);
-        f.content_hash_ = h.content_hash;
-        return f;
+    std::error_code ignored;
+    if (!fs::is_regular_file(path, ignored) || fs::file_size(path, ignored) < sizeof(Footer)) {
+        return std::nullopt;
     }
-};
+    const auto map = MappedFile::open(path);
+    const auto bytes = map->bytes();
+    if (bytes.size() < sizeof(Footer)) return std::nullopt;
+    const size_t content = bytes.size() - sizeof(Footer);
+    Footer f{};
+    std::memcpy(&f, bytes.data() + content, sizeof f);
+    if (std::memcmp(f.magic, kMagic, sizeof kMagic) != 0 || f.footer_hash != hash_of(f)) return std::nullopt;
+    const size_t offsets = padded(f.tokens * f.id_bytes);
+    const bool sound = f.fingerprint == fingerprint && f.id_bytes == (is_wide(encoder) ? 4u : 2u) &&
+                       offsets + (f.documents + 1) * sizeof(uint64_t) == content &&
+                       f.content_hash == hash_blocks(bytes.data(), content);
+    if (!sound) return std::nullopt;
+    const SourceStamp now = stamp(source);
+    const bool touched = now.time != f.source_time;
+    if (now.size != f.source_size || (touched && hash_file(source) != f.source_hash)) return std::nullopt;
+
+    TokenFile t;
+    t.map_ = map;
+    t.ids_ = bytes.data();
+    t.offsets_ = reinterpret_cast<const uint64_t*>(bytes.data() + offsets);
+    t.wide_ = f.id_bytes == 4;
+    t.tokens_ = static_cast<int64_t>(f.tokens);
+    t.documents_ = static_cast<int64_t>(f.documents);
+    t.text_bytes_ = static_cast<int64_t>(f.text_bytes);
+    t.content_hash_ = f.content_hash;
+    return t;
+}
 
 TokenFile TokenFile::open(const Exec& ex, const fs::path& source, const fs::path& cache,
                           const TextEncoder& encoder, const DocumentOptions& options, bool* built) {
@@ -235,12 +238,17 @@ TokenFile TokenFile::open(const Exec& ex, const fs::path& source, const fs::path
     const uint64_t fingerprint =
         hash_bytes(options.separator, hash_bytes(options.field, encoder.fingerprint));
     const fs::path path = cache_name(source, cache, fingerprint);
-    auto file = TokenFileParser::parse(path, source, encoder, fingerprint);
+    auto file = parse(path, source, encoder, fingerprint);
     if (built != nullptr) *built = !file.has_value();
     if (!file) {
-        make_directories(cache);
+        std::error_code error;
+        fs::create_directories(cache, error);
+        if (error) {
+            fail(ErrorCode::io, "corpus", "cannot create the cache folder `{}`: {}", cache.string(),
+                 error.message());
+        }
         build(ex, source, path, encoder, options, fingerprint);
-        file = TokenFileParser::parse(path, source, encoder, fingerprint);
+        file = parse(path, source, encoder, fingerprint);
     }
     if (!file) fail(ErrorCode::io, "corpus", "`{}` changed while it was read", source.string());
     return *std::move(file);
