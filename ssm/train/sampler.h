@@ -1,0 +1,101 @@
+// Which tokens a training step sees, as a pure function of (seed, epoch, position): resuming is a counter.
+//
+// Windows   every file is cut into windows of `length` predicted tokens; an epoch visits each file's windows
+//           `weight` times. The cuts shift by a random offset from one pass over a file to the next.
+// Packed    every document (with its end) is cut into pieces of at most `length`; a step takes pieces up to
+//           batch * length tokens. Documents never see each other; each starts from the end-of-document id.
+//
+// The order within an epoch is a permutation of [0, n): a Feistel network of four rounds on the next even
+// power of two, walked until it falls below n (Black & Rogaway 2002, cycle walking). O(1) memory, O(1) time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ssm/ops/sequences.h"
+#include "ssm/train/token_file.h"
+
+namespace ssm {
+
+// Bijection of [0, n), n >= 1, chosen by `key`.
+class Permutation {
+public:
+    Permutation(uint64_t n, uint64_t key);
+    uint64_t operator()(uint64_t i) const;
+
+private:
+    uint64_t n_, key_;
+    int half_bits_;
+};
+
+struct WeightedFile {
+    TokenFile tokens;
+    double weight = 1.0;  // passes over the file in an epoch; 0.5: another half each time
+};
+
+// Packed sequences (ops/sequences.h) and what follows each token.
+struct Batch {
+    std::vector<int32_t> ids, targets;
+    std::vector<int64_t> cu_seqlens;
+    int64_t tokens() const { return static_cast<int64_t>(ids.size()); }
+};
+
+struct SamplerOptions {
+    int64_t length = 512, batch = 4;
+    uint64_t seed = 0;
+    bool packed = false;
+};
+
+struct SamplerState {
+    uint64_t epoch = 0, position = 0;
+    bool operator==(const SamplerState&) const = default;
+};
+
+class Sampler {
+public:
+    // Throws when a file has no window of `length` tokens.
+    Sampler(std::vector<WeightedFile> files, SamplerOptions options);
+
+    void next(Batch& batch);
+    SamplerState state() const { return state_; }
+    void seek(SamplerState state);
+    uint64_t epoch_size() const { return epoch_size_; }  // windows or pieces
+    int64_t epoch_tokens() const { return epoch_tokens_; }
+
+private:
+    struct File {
+        WeightedFile source;
+        uint64_t items, per_epoch;     // windows or pieces; how many of them an epoch visits
+        std::vector<uint64_t> pieces;  // packed: before each document, [documents+1]
+    };
+    struct Range {
+        const TokenFile* tokens;
+        int64_t begin, count;  // the predicted positions
+    };
+    Range range(uint64_t position) const;
+    Range item(const File& file, uint64_t visit) const;
+    void advance();
+
+    std::vector<File> files_;
+    SamplerOptions options_;
+    SamplerState state_;
+    uint64_t epoch_size_ = 0;
+    int64_t epoch_tokens_ = 0;
+};
+
+// Consecutive windows in order, for validation: at most `max_tokens` predictions of the files one after
+// another (0: all), the last window of a file may be shorter.
+class SequentialWindows {
+public:
+    SequentialWindows(const std::vector<WeightedFile>& files, int64_t length, int64_t batch,
+                      int64_t max_tokens);
+    bool next(Batch& batch);
+
+private:
+    const std::vector<WeightedFile>& files_;
+    int64_t length_, batch_, left_;
+    size_t file_ = 0;
+    int64_t position_ = 1;
+};
+
+}  // namespace ssm
