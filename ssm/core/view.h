@@ -58,7 +58,7 @@ struct View {
 // Throws unless `v` has the shape `want`: "[op] `name` must be [d n] = [4, 2] but is [2, 4]".
 template <class T, int R>
 void require_shape(std::string_view op, std::string_view name, std::string_view letters, const View<T, R>& v,
-                   std::array<int64_t, R> want) {
+                   std::type_identity_t<std::array<int64_t, R>> want) {
     if (v.data != nullptr && v.shape == want) return;
     fail(ErrorCode::invalid_argument, op, "`{}` must be [{}] = [{}] but is {}", name, letters,
          fmt::join(want, ", "), v.data ? v.shape_string() : std::string("absent"));
@@ -66,7 +66,7 @@ void require_shape(std::string_view op, std::string_view name, std::string_view 
 // The same for an optional argument: absent is fine.
 template <class T, int R>
 void require_shape_if(std::string_view op, std::string_view name, std::string_view letters,
-                      const View<T, R>& v, std::array<int64_t, R> want) {
+                      const View<T, R>& v, std::type_identity_t<std::array<int64_t, R>> want) {
     if (v) require_shape(op, name, letters, v, want);
 }
 
