@@ -57,7 +57,8 @@ TEST(ModelFiles, SavedAndLoadedIsEqual) {
                 const ModelCase c(shape, 1, dtype);
                 const Layout layout = c.model->spec().layout;
                 const TempFolder first, second;
-                save_model(*c.model, first.path(), {.dtype = dtype, .max_shard_bytes = shard, .layout = layout});
+                save_model(*c.model, first.path(),
+                           {.dtype = dtype, .max_shard_bytes = shard, .layout = layout});
                 EXPECT_EQ(fs::exists(first / "model.safetensors.index.json"), shard < 2000);
                 const auto loaded = load_model(first.path(), dtype);
                 EXPECT_EQ(loaded->dtype(), dtype);
@@ -85,7 +86,8 @@ TEST(ModelFiles, ReplacesShards) {
 
 TEST(ModelFiles, LayoutsConvertBothWays) {
     for (const ReferenceShape& shape :
-         {ReferenceShape{}, ReferenceShape{.tied = false, .projection_bias = true, .conv_bias = false, .r = 3},
+         {ReferenceShape{},
+          ReferenceShape{.tied = false, .projection_bias = true, .conv_bias = false, .r = 3},
           ReferenceShape{.e = 5, .d = 15, .k = 3},
           ReferenceShape{.kind = kMamba2, .tied = false, .h = 4, .p = 4, .dt_min = 0.125, .dt_max = 0.5}}) {
         const ModelCase c(shape);
@@ -174,25 +176,33 @@ TEST(ModelFiles, TensorErrors) {
     };
     EXPECT_EQ(message([](auto&) {}), "(no error)");
     EXPECT_EQ(message([](auto& t) {
-                  std::erase_if(t, [](const NamedTensor& x) { return x.name == "backbone.layers.1.mixer.D"; });
+                  std::erase_if(t,
+                                [](const NamedTensor& x) { return x.name == "backbone.layers.1.mixer.D"; });
               }),
               "[checkpoint] DIR: tensor 'backbone.layers.1.mixer.D' is missing");
-    EXPECT_EQ(message([](auto& t) { t.push_back({"backbone.layers.2.mixer.D", Tensor::zeros({16})}); }),
-              "[checkpoint] DIR: 1 tensor that this model does not have: 'backbone.layers.2.mixer.D'");
     EXPECT_EQ(message([](auto& t) {
-                  for (auto& x : t)
-                      if (x.name == "backbone.layers.0.mixer.x_proj.weight") x.tensor = Tensor::zeros({16, 10});
+                  t.push_back({"backbone.layers.2.mixer.D", Tensor::zeros({16})});
               }),
-              "[checkpoint] DIR: tensor 'backbone.layers.0.mixer.x_proj.weight' must be [10, 16] but is [16, 10]");
+              "[checkpoint] DIR: 1 tensor that this model does not have: 'backbone.layers.2.mixer.D'");
+    EXPECT_EQ(
+        message([](auto& t) {
+            for (auto& x : t)
+                if (x.name == "backbone.layers.0.mixer.x_proj.weight") x.tensor = Tensor::zeros({16, 10});
+        }),
+        "[checkpoint] DIR: tensor 'backbone.layers.0.mixer.x_proj.weight' must be [10, 16] but is [16, 10]");
     EXPECT_EQ(message([](auto& t) {
                   for (auto& x : t)
                       if (x.name == "backbone.norm_f.weight") x.tensor = Tensor::zeros({8}, DType::i32);
               }),
-              "[checkpoint] DIR: tensor 'backbone.norm_f.weight' holds i32 where floating point is needed");
-    EXPECT_EQ(message([](auto& t) { t.push_back({"lm_head.weight", Tensor::zeros({11, 8})}); }),
-              "[model] 'lm_head.weight' differs from 'backbone.embeddings.weight' although config.json ties them");
+              "[model] 'backbone.norm_f.weight' holds i32; floating point is needed");
+    EXPECT_EQ(
+        message([](auto& t) {
+            t.push_back({"lm_head.weight", Tensor::zeros({11, 8})});
+        }),
+        "[model] 'lm_head.weight' differs from 'backbone.embeddings.weight' although config.json ties them");
     EXPECT_EQ(message([](auto& t) {
-                  const auto embedding = std::ranges::find(t, "backbone.embeddings.weight", &NamedTensor::name);
+                  const auto embedding =
+                      std::ranges::find(t, "backbone.embeddings.weight", &NamedTensor::name);
                   t.push_back({"lm_head.weight", embedding->tensor.clone()});
               }),
               "(no error)");
@@ -235,9 +245,10 @@ TEST(ModelConfig, Accepts) {
 TEST(ModelConfig, Errors) {
     EXPECT_EQ(build_error({}, {{"model_type", "rwkv"}}),
               "[config] unknown 'model_type' \"rwkv\"; known: mamba, mamba2, falcon_mamba");
-    EXPECT_EQ(build_error("{\"hidden_size\": 8}"),
-              "[config] 'model_type' is missing; known: mamba, mamba2, falcon_mamba, and the original mamba_ssm "
-              "layout");
+    EXPECT_EQ(
+        build_error("{\"hidden_size\": 8}"),
+        "[config] 'model_type' is missing; known: mamba, mamba2, falcon_mamba, and the original mamba_ssm "
+        "layout");
     EXPECT_EQ(build_error({}, {{"hidden_act", "gelu"}}),
               "[config] 'hidden_act' = \"gelu\" is not supported, only silu, swish");
     EXPECT_EQ(build_error({.kind = kMamba2}, {{"n_groups", 3}, {"num_heads", 8}}),
@@ -247,7 +258,8 @@ TEST(ModelConfig, Errors) {
     EXPECT_EQ(build_error({}, {{"logits_scaling", 2}, {"moe", true}}),
               "[config] not supported: 'logits_scaling', 'moe'");
     EXPECT_EQ(build_error({}, {{"hidden_size", 0}}), "[config] 'hidden_size' = 0 must be in 1..2147483647");
-    EXPECT_EQ(build_error({}, {{"hidden_size", "8"}}), "[config] 'hidden_size' must be an integer but is \"8\"");
+    EXPECT_EQ(build_error({}, {{"hidden_size", "8"}}),
+              "[config] 'hidden_size' must be an integer but is \"8\"");
     EXPECT_EQ(build_error({}, {{"conv_kernel", 1}}), "[config] 'conv_kernel' = 1 must be in 2..64");
     EXPECT_EQ(build_error({}, {{"layer_norm_epsilon", -1}}),
               "[config] 'layer_norm_epsilon' = -1 must be in 0..1");
@@ -261,7 +273,8 @@ TEST(ModelConfig, Errors) {
 
 TEST(ModelConfig, OriginalLayoutErrors) {
     const ReferenceShape shape{.embedding = kOriginal};
-    EXPECT_EQ(build_error(shape, {{"rms_norm", false}}), "[config] 'rms_norm' = false is not supported, only true");
+    EXPECT_EQ(build_error(shape, {{"rms_norm", false}}),
+              "[config] 'rms_norm' = false is not supported, only true");
     EXPECT_EQ(build_error(shape, {{"d_intermediate", 64}}),
               "[config] 'd_intermediate' = 64 is not supported, only 0");
     EXPECT_EQ(build_error(shape, {{"attn_layer_idx", {1}}}),

@@ -36,8 +36,7 @@ TEST_P(VerifyFixture, Passes) {
 TEST_P(VerifyFixture, PassesInBf16) {
     const fs::path dir = golden_model(GetParam());
     if (dir.empty()) GTEST_SKIP() << "needs the shared fixtures (SSM_SHARED)";
-    const Verified v =
-        verify_model(make_cpu_exec(2), dir, {.dtype = DType::bf16, .logits_tolerance = 2e-2});
+    const Verified v = verify_model(make_cpu_exec(2), dir, {.dtype = DType::bf16, .logits_tolerance = 2e-2});
     ASSERT_EQ(v.quantities.size(), 1u);
     EXPECT_TRUE(v.ok()) << v.quantities[0].error;
     EXPECT_GT(v.quantities[0].error, 1e-5);  // it did compute in bf16
@@ -107,11 +106,12 @@ TEST(VerifyTampered, Errors) {
         return text;
     };
     const std::string gradient = "grad.backbone.norm_f.weight";
-    EXPECT_EQ(message([&](auto& t) {
-                  std::erase_if(t, [&](const NamedTensor& x) { return x.name == gradient; });
+    EXPECT_EQ(
+        message([&](auto& t) { std::erase_if(t, [&](const NamedTensor& x) { return x.name == gradient; }); }),
+        "[verify] expected.safetensors lacks 'grad.backbone.norm_f.weight'");
+    EXPECT_EQ(message([](auto& t) {
+                  t.push_back({"grad.nothing", Tensor::zeros({2})});
               }),
-              "[verify] expected.safetensors lacks 'grad.backbone.norm_f.weight'");
-    EXPECT_EQ(message([](auto& t) { t.push_back({"grad.nothing", Tensor::zeros({2})}); }),
               "[verify] expected.safetensors: 'grad.nothing' is of no parameter of the model");
     EXPECT_EQ(message([](auto& t) { find(t, "greedy").template data<int64_t>()[0] ^= 1; }),
               "[verify] expected.safetensors: 'greedy' must be [1, P+G] and begin like 'input_ids'");
@@ -119,12 +119,17 @@ TEST(VerifyTampered, Errors) {
               "[verify] expected.safetensors: 'input_ids' holds the id -2");
     EXPECT_EQ(message([](auto& t) { find(t, "input_ids").template data<int64_t>()[3] = 160; }),
               "[model] token id 160 is outside the vocabulary of 160");
-    EXPECT_EQ(message([](auto& t) { find(t, "input_ids") = Tensor::zeros({2, 37}); }),
+    EXPECT_EQ(message([](auto& t) {
+                  find(t, "input_ids") = Tensor::zeros({2, 37});
+              }),
               "[verify] expected.safetensors: 'input_ids' must be an i64 matrix");
-    EXPECT_EQ(message([](auto& t) { find(t, "logits") = Tensor::zeros({2, 37, 159}); }),
+    EXPECT_EQ(message([](auto& t) {
+                  find(t, "logits") = Tensor::zeros({2, 37, 159});
+              }),
               "[safetensors] expected.safetensors: tensor 'logits' must be [2, 37, 160] but is [2, 37, 159]");
-    EXPECT_EQ(message([](auto& t) { std::erase_if(t, [](const NamedTensor& x) { return x.name == "loss"; }); }),
-              "[safetensors] expected.safetensors: tensor 'loss' is missing");
+    EXPECT_EQ(
+        message([](auto& t) { std::erase_if(t, [](const NamedTensor& x) { return x.name == "loss"; }); }),
+        "[safetensors] expected.safetensors: tensor 'loss' is missing");
 }
 
 }  // namespace

@@ -38,12 +38,13 @@ inline std::string config_text(const ReferenceShape& s) {
         } else {
             cfg["dt_rank"] = s.r;
         }
-        c = {{"d_model", s.e},        {"n_layer", s.layers}, {"vocab_size", s.vocab},
-             {"ssm_cfg", cfg},        {"rms_norm", true},    {"pad_vocab_size_multiple", 1},
-             {"tie_embeddings", s.tied}};
+        c = {{"d_model", s.e},   {"n_layer", s.layers},          {"vocab_size", s.vocab},   {"ssm_cfg", cfg},
+             {"rms_norm", true}, {"pad_vocab_size_multiple", 1}, {"tie_embeddings", s.tied}};
         return c.dump();
     }
-    c = {{"model_type", second ? "mamba2" : s.bcdt_eps > 0 ? "falcon_mamba" : "mamba"},
+    c = {{"model_type", second           ? "mamba2"
+                        : s.bcdt_eps > 0 ? "falcon_mamba"
+                                         : "mamba"},
          {"vocab_size", s.vocab},
          {"hidden_size", s.e},
          {"num_hidden_layers", s.layers},

@@ -125,10 +125,12 @@ inline void expect_batch_equals_one(const ReferenceShape& shape) {
     ModelState state = c.model->new_state(kSequences);
     std::vector<std::vector<float>> logits(kSequences);
     const auto append = [&](int64_t s, const std::vector<float>& rows, int64_t begin, int64_t end) {
-        logits[s].insert(logits[s].end(), rows.begin() + begin * shape.vocab, rows.begin() + end * shape.vocab);
+        logits[s].insert(logits[s].end(), rows.begin() + begin * shape.vocab,
+                         rows.begin() + end * shape.vocab);
     };
     const auto packed = run_logits(ex, *c.model, prompt.ids, prompt.cu_seqlens, &state);
-    for (int64_t s = 0; s < kSequences; ++s) append(s, packed, prompt.cu_seqlens[s], prompt.cu_seqlens[s + 1]);
+    for (int64_t s = 0; s < kSequences; ++s)
+        append(s, packed, prompt.cu_seqlens[s], prompt.cu_seqlens[s + 1]);
     for (int64_t i = 0; i < kSteps; ++i) {
         const std::span<const int32_t> ids(steps.ids.data() + i * kSequences, kSequences);
         const auto rows = run_logits(ex, *c.model, ids, {}, &state);

@@ -1,6 +1,7 @@
 // A whole language model in f64, by definition and in plain loops: Mamba-1 (also with FalconMamba's norm of
-// delta, B and C), Mamba-2, embedding, residual blocks, head, loss. Shares no code with ssm/; written from the
-// equations. Slow on purpose: one token after another, no caching, no packing: a batch is one call a sequence.
+// delta, B and C), Mamba-2, embedding, residual blocks, head, loss. Shares no code with ssm/; written from
+// the equations. Slow on purpose: one token after another, no caching, no packing: a batch is one call a
+// sequence.
 #pragma once
 
 #include <algorithm>
