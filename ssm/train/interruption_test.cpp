@@ -18,8 +18,8 @@ namespace ssm {
 namespace {
 
 using test::Bigram;
-using test::read_text;
-using test::TemporaryFolder;
+using test::read_file;
+using test::TempFolder;
 using test::write_text;
 namespace fs = std::filesystem;
 
@@ -44,7 +44,7 @@ protected:
         return Trainer(exec_, model, {{train_, 1.0}}, {}, o, true, nullptr).run();
     }
 
-    TemporaryFolder dir_;
+    TempFolder dir_;
     Exec exec_ = make_cpu_exec(1);
     TokenFile train_ = tokens();
 };
@@ -82,10 +82,10 @@ TEST_F(InterruptionTest, KilledAtAnyMomentResumesToTheSameBytes) {
     const fs::path last = *RunFolder::latest(parts.out);
     ASSERT_EQ(last.filename(), expected.checkpoint.filename());
     for (const char* file : {"model.safetensors", "optimizer.safetensors", "trainer.json"}) {
-        EXPECT_EQ(read_text(last / file), read_text(expected.checkpoint / file)) << file;
+        EXPECT_EQ(read_file(last / file), read_file(expected.checkpoint / file)) << file;
     }
     // The same lines, but for the clock.
-    std::istringstream a(read_text(whole.out / "metrics.jsonl")), b(read_text(parts.out / "metrics.jsonl"));
+    std::istringstream a(read_file(whole.out / "metrics.jsonl")), b(read_file(parts.out / "metrics.jsonl"));
     std::string x, y;
     for (int step = 1; step <= 120; ++step) {
         ASSERT_TRUE(std::getline(a, x) && std::getline(b, y));
@@ -133,12 +133,12 @@ TEST_F(InterruptionTest, WhenRoomRunsOutTheLastCheckpointStays) {
     TrainOptions o = options("fills");
     o.steps = 30;
     train(o);
-    const std::string good = read_text(*RunFolder::latest(o.out) / "model.safetensors");
+    const std::string good = read_file(*RunFolder::latest(o.out) / "model.safetensors");
     o.steps = 60;
     EXPECT_EQ(with_file_limit(300000, [&] { train(o); }),
               3);  // the model has 263,168 bytes, its moments more
     EXPECT_EQ(RunFolder::latest(o.out)->filename(), "step-00000030");
-    EXPECT_EQ(read_text(o.out / "last/model.safetensors"), good);
+    EXPECT_EQ(read_file(o.out / "last/model.safetensors"), good);
     EXPECT_EQ(train(o).step, 60);
 }
 
