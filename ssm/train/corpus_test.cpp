@@ -19,7 +19,7 @@ namespace ssm {
 namespace {
 
 using test::error_of;
-using test::TemporaryFolder;
+using test::TempFolder;
 using test::write_text;
 
 std::vector<std::string> documents(const std::filesystem::path& path, DocumentOptions options = {}) {
@@ -56,7 +56,7 @@ std::string joined(const std::vector<std::string>& all) {
 }
 
 TEST(Documents, TextSplitsAtSeparatorLines) {
-    TemporaryFolder dir;
+    TempFolder dir;
     using V = std::vector<std::string>;
     const auto read = [&](const std::string& text) { return documents(write_text(dir / "a.txt", text)); };
     EXPECT_EQ(read("one\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n"), (V{"one\ntwo", "three"}));
@@ -69,7 +69,7 @@ TEST(Documents, TextSplitsAtSeparatorLines) {
 }
 
 TEST(Documents, CompressedEqualsPlain) {
-    TemporaryFolder dir;
+    TempFolder dir;
     const auto all = random_documents(50, 1);
     const std::string text = joined(all);
     EXPECT_EQ(documents(write_text(dir / "a.txt", text)), all);
@@ -80,7 +80,7 @@ TEST(Documents, CompressedEqualsPlain) {
 }
 
 TEST(Documents, JsonLines) {
-    TemporaryFolder dir;
+    TempFolder dir;
     const auto all = random_documents(20, 2);
     std::string text;
     for (const auto& d : all) text += nlohmann::json({{"id", 1}, {"text", d}}).dump() + "\r\n\n";
@@ -91,7 +91,7 @@ TEST(Documents, JsonLines) {
 }
 
 TEST(Documents, Errors) {
-    TemporaryFolder dir;
+    TempFolder dir;
     const auto error = [&](const std::string& name, const std::string& content) {
         const auto path = write_text(dir / name, content);
         const std::string message = error_of([&] { documents(path); }), full = path.string();
@@ -145,7 +145,7 @@ protected:
         for (const auto& entry : std::filesystem::directory_iterator(dir_ / "cache")) return entry.path();
         return {};
     }
-    TemporaryFolder dir_;
+    TempFolder dir_;
     std::vector<std::string> documents_ = random_documents(60, 4);
     std::filesystem::path source_ = write_text(dir_ / "a.txt", joined(documents_));
     TextEncoder encoder_ = byte_encoder();
@@ -180,7 +180,7 @@ TEST_F(Cache, IsTakenWhenSoundAndRebuiltWhenNot) {
     bool built = false;
     const uint64_t hash = open(&built).content_hash();
     EXPECT_TRUE(built);
-    const std::string good = test::read_text(cache_file());
+    const std::string good = test::read_file(cache_file());
     open(&built);
     EXPECT_FALSE(built) << "unchanged";
 

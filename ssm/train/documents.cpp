@@ -1,6 +1,5 @@
 #include "ssm/train/documents.h"
 
-#include <utf8proc.h>
 #include <zstd.h>
 
 #include <cerrno>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "ssm/core/error.h"
+#include "ssm/io/tokenizer/unicode.h"
 
 namespace ssm {
 namespace {
@@ -162,29 +162,10 @@ bool DocumentReader::next_json(std::string& document) {
 }
 
 void DocumentReader::require_utf8(const std::string& document) const {
-    const size_t bad = find_invalid_utf8(document);
+    const size_t bad = tokenizer::first_invalid_utf8(document);
     if (bad == std::string::npos) return;
     fail(ErrorCode::bad_file, "corpus", "`{}`: document {} is not UTF-8 at its byte {} (0x{:02x})",
          path_.string(), number_, bad, static_cast<unsigned char>(document[bad]));
-}
-
-size_t find_invalid_utf8(std::string_view text) {
-    const auto* p = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
-    size_t at = 0;
-    while (at < text.size()) {
-        uint64_t word = 0;
-        while (at + 8 <= text.size()) {  // eight ASCII characters at once
-            std::memcpy(&word, p + at, 8);
-            if ((word & 0x8080808080808080u) != 0) break;
-            at += 8;
-        }
-        if (at == text.size()) break;
-        utf8proc_int32_t code = 0;
-        const auto n = utf8proc_iterate(p + at, static_cast<utf8proc_ssize_t>(text.size() - at), &code);
-        if (n <= 0) return at;
-        at += static_cast<size_t>(n);
-    }
-    return std::string_view::npos;
 }
 
 }  // namespace ssm

@@ -45,7 +45,4 @@ private:
     int64_t number_ = 0;  // documents given so far
 };
 
-// Position of the first byte that is not part of a well-formed UTF-8 sequence; npos when all is well.
-size_t find_invalid_utf8(std::string_view text);
-
 }  // namespace ssm

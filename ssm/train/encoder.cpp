@@ -2,6 +2,9 @@
 
 #include <fmt/core.h>
 
+#include "ssm/core/error.h"
+#include "ssm/io/tokenizer/file.h"
+#include "ssm/io/tokenizer/tokenizer.h"
 #include "ssm/train/hash.h"
 
 namespace ssm {
@@ -53,6 +56,29 @@ TextEncoder byte_encoder() {
     e.vocabulary = kBytes;
     e.tokenizer_json = byte_tokenizer_json();
     e.fingerprint = hash_bytes(e.tokenizer_json);
+    return e;
+}
+
+TextEncoder tokenizer_encoder(const std::filesystem::path& path, std::string_view end) {
+    TextEncoder e;
+    e.tokenizer_json =
+        tokenizer::read_file(std::filesystem::is_directory(path) ? path / "tokenizer.json" : path);
+    const auto bpe = std::make_shared<const Tokenizer>(Tokenizer::load(path));
+    std::optional<int32_t> id;
+    for (const std::string_view name :
+         {end, std::string_view("<|endoftext|>"), std::string_view("<|end_of_text|>"),
+          std::string_view("</s>"), std::string_view("<eos>")}) {
+        if (!id) id = bpe->id_of(name);
+    }
+    require(id.has_value(), "corpus", "the tokenizer `{}` has no token that ends a document, such as `{}`",
+            path.string(), end);
+    e.encode = [bpe](std::string_view text, std::vector<int32_t>& ids) {
+        const auto more = bpe->encode(text);
+        ids.insert(ids.end(), more.begin(), more.end());
+    };
+    e.end_of_document = *id;
+    e.vocabulary = bpe->size();
+    e.fingerprint = hash_bytes(e.tokenizer_json, static_cast<uint64_t>(*id));
     return e;
 }
 

@@ -26,5 +26,9 @@ struct TextEncoder {
 };
 
 TextEncoder byte_encoder();
+// Of a tokenizer.json (or .zst, or a folder with one). Documents end with the id of `end`, or, if the
+// tokenizer has no such token, of the first of <|endoftext|>, <|end_of_text|>, </s>, <eos> that it has;
+// throws when it has none.
+TextEncoder tokenizer_encoder(const std::filesystem::path& path, std::string_view end = "<|endoftext|>");
 
 }  // namespace ssm

@@ -16,7 +16,7 @@ namespace ssm {
 namespace {
 
 using test::error_of;
-using test::TemporaryFolder;
+using test::TempFolder;
 using test::write_text;
 
 TEST(Permutation, IsABijection) {
@@ -69,7 +69,7 @@ protected:
         return TokenFile::open(make_cpu_exec(1), write_text(dir_ / (std::to_string(first) + ".txt"), text),
                                dir_ / "cache", encoder);
     }
-    TemporaryFolder dir_;
+    TempFolder dir_;
 };
 
 // Every sequence is a stretch of its file: the target follows the input.

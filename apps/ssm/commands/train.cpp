@@ -1,0 +1,341 @@
+#include "apps/ssm/commands/train.h"
+
+#include <atomic>
+#include <charconv>
+#include <csignal>
+#include <cstdio>
+#include <map>
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "apps/ssm/commands/common.h"
+#include "ssm/io/atomic_file.h"
+#include "ssm/io/json/config_reader.h"
+#include "ssm/io/mapped_file.h"
+#include "ssm/models/registry.h"
+#include "ssm/train/encoder.h"
+#include "ssm/train/hash.h"
+#include "ssm/train/trained_language_model.h"
+#include "ssm/train/trainer.h"
+
+namespace ssm::cli {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+struct Options {
+    std::string arch, config, init_from, tokenizer, out, cache, recipe;
+    std::vector<std::string> data, valid;
+    double repeat = 1;
+    NewModel shape;
+    DocumentOptions documents;
+    TrainOptions train;
+    std::string dtype = "f32";
+    int threads = 0;
+    bool untied = false, resume = false, json = false, quiet = false;
+};
+
+// Set by the first SIGINT or SIGTERM; the second ends the program at once.
+std::atomic<bool> stop_requested{false};
+static_assert(std::atomic<bool>::is_always_lock_free);
+
+void request_stop(int number) {
+    stop_requested.store(true);
+    std::signal(number, SIG_DFL);
+}
+
+// "stories.txt.zst:2.5" -> the file and how often an epoch visits it.
+std::pair<std::string, double> split_weight(const std::string& argument, double otherwise) {
+    const size_t colon = argument.rfind(':');
+    if (colon == std::string::npos || colon + 1 == argument.size()) return {argument, otherwise};
+    double weight = 0;
+    const char* end = argument.data() + argument.size();
+    const auto [rest, error] = std::from_chars(argument.data() + colon + 1, end, weight);
+    if (error != std::errc() || rest != end) return {argument, otherwise};
+    return {argument.substr(0, colon), weight};
+}
+
+// The texts as ids; adds what they are to the run's identity.
+std::vector<WeightedFile> open_corpus(const Exec& ex, const Options& o, const TextEncoder& encoder,
+                                      const std::vector<std::string>& files, Progress& progress,
+                                      std::string& identity) {
+    const fs::path cache = o.cache.empty() ? o.train.out / "cache" : fs::path(o.cache);
+    std::vector<WeightedFile> corpus;
+    for (const std::string& argument : files) {
+        const auto [name, weight] = split_weight(argument, o.repeat);
+        bool built = false;
+        corpus.push_back({TokenFile::open(ex, name, cache, encoder, o.documents, &built), weight});
+        const TokenFile& t = corpus.back().tokens;
+        progress.note(fmt::format("{}: {} documents, {} tokens, {:.3f} bytes each{}", name, t.documents(),
+                                  t.tokens(),
+                                  static_cast<double>(t.text_bytes()) / static_cast<double>(t.tokens()),
+                                  built ? "" : " (from the cache)"));
+        identity += fmt::format("{}{:016x}:{}", identity.empty() ? "" : " ", t.content_hash(), weight);
+    }
+    return corpus;
+}
+
+std::string config_of(const Options& o, const TextEncoder& encoder) {
+    if (!o.config.empty()) return read_text_file(o.config);
+    NewModel shape = o.shape;
+    shape.vocab = encoder.vocabulary;
+    shape.eos = encoder.end_of_document;
+    return find_architecture(o.arch).new_config(shape);
+}
+
+// A model in the original layout continues in Hugging Face's, the one that is written.
+std::unique_ptr<LanguageModel> load_for_training(const fs::path& dir) {
+    auto model = load_model(dir, DType::f32);
+    if (model->spec().layout == Layout::hugging_face) return model;
+    const ConfigReader config = ConfigReader::parse(model->spec().config, "config");
+    auto converted = build_model(
+        find_architecture(model->spec().architecture).convert_config(config, Layout::hugging_face), "config");
+    std::vector<Var> values;
+    model->visit([&](const std::string&, Parameter& p) { values.push_back(p.var); });
+    size_t i = 0;
+    converted->visit([&](const std::string&, Parameter& p) { p.var = values[i++]; });
+    return converted;
+}
+
+std::unique_ptr<LanguageModel> make_model(const Options& o, const TextEncoder& encoder) {
+    if (!o.init_from.empty()) return load_for_training(o.init_from);
+    auto model = build_model(config_of(o, encoder), o.config.empty() ? "config" : o.config);
+    model->initialise(o.train.sampler.seed);
+    return model;
+}
+
+TextEncoder make_encoder(const Options& o) {
+    if (!o.tokenizer.empty()) return tokenizer_encoder(o.tokenizer, o.documents.separator);
+    if (!o.init_from.empty() && fs::exists(fs::path(o.init_from) / "tokenizer.json")) {
+        return tokenizer_encoder(o.init_from, o.documents.separator);
+    }
+    return byte_encoder();
+}
+
+std::string generation_config(const TextEncoder& e) {
+    const Json config = {{"bos_token_id", e.end_of_document},
+                         {"eos_token_id", e.end_of_document},
+                         {"pad_token_id", e.end_of_document}};
+    return config.dump(2) + '\n';
+}
+
+Json to_json(const TrainSummary& s, int64_t parameters) {
+    Json j = {{"steps", s.step},
+              {"tokens", s.tokens},
+              {"loss", s.loss},
+              {"tokens_per_second", s.tokens_per_second},
+              {"seconds", s.seconds},
+              {"parameters", parameters},
+              {"checkpoint", s.checkpoint.string()},
+              {"stopped", s.stopped}};
+    if (s.valid) {
+        j["valid_loss"] = s.valid->loss;
+        j["bits_per_byte"] = s.valid->bits_per_byte;
+        j["valid_tokens"] = s.valid->tokens;
+    }
+    return j;
+}
+
+// Gives every option that the command line left open the recipe's value. Keys are the options' names.
+void apply_recipe(CLI::App& command, const fs::path& path) {
+    const Json recipe = Json::parse(read_text_file(path), nullptr, false);
+    if (!recipe.is_object()) fail(ErrorCode::bad_file, "recipe", "`{}` is not a JSON object", path.string());
+    const auto text = [](const Json& v) { return v.is_string() ? v.get<std::string>() : v.dump(); };
+    for (const auto& [key, value] : recipe.items()) {
+        if (key == "comment") continue;
+        CLI::Option* option = command.get_option_no_throw("--" + key);
+        if (option == nullptr || key == "help" || key == "recipe" || key == "resume" || value.is_object() ||
+            value.is_null()) {
+            fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\" is not an option of a recipe", path.string(),
+                 key);
+        }
+        if (option->count() > 0) continue;
+        try {
+            if (value.is_array()) {
+                for (const Json& v : value) option->add_result(text(v));
+            } else {
+                option->add_result(text(value));
+            }
+            option->run_callback();
+        } catch (const CLI::Error& e) {
+            fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\": {}", path.string(), key, e.what());
+        }
+    }
+}
+
+// All options in use, so that `ssm train --out DIR --resume` says it all.
+void write_recipe(const CLI::App& command, const fs::path& path) {
+    Json recipe = Json::object();
+    for (const CLI::Option* option : command.get_options()) {
+        const std::string name = option->get_single_name();
+        if (option->count() == 0 || name == "help" || name == "recipe" || name == "resume" || name == "out" ||
+            name == "json" || name == "quiet") {
+            continue;
+        }
+        const auto values = option->results();
+        recipe[name] = option->get_items_expected_max() > 1 ? Json(values) : Json(values.front());
+    }
+    write_file_atomic(path, recipe.dump(1) + '\n');
+}
+
+void run(Options& o, const CLI::App& command) {
+    require(!o.arch.empty() + !o.config.empty() + !o.init_from.empty() == 1, "train",
+            "give one of --arch, --config and --init-from");
+    require(!o.data.empty(), "train", "no text to train on: give --data FILE");
+    Exec ex = make_cpu_exec(o.threads);
+    if (o.dtype == "bf16") ex.matmul = MatmulPrecision::bf16;
+    Progress progress(o.quiet ? nullptr : stderr);
+
+    const TextEncoder encoder = make_encoder(o);
+    const auto model = make_model(o, encoder);
+    require(encoder.vocabulary <= model->vocab(), "train",
+            "the tokenizer has {} ids but the model's vocabulary is {}", encoder.vocabulary, model->vocab());
+    std::map<std::string, std::string>& identity = o.train.identity;
+    auto data = open_corpus(ex, o, encoder, o.data, progress, identity["data"]);
+    std::string not_identity;
+    auto valid = open_corpus(ex, o, encoder, o.valid, progress, not_identity);
+    identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
+    identity["tokenizer"] = fmt::format("{:016x}", encoder.fingerprint);
+    identity["dtype"] = o.dtype;
+    o.train.files = {{"tokenizer.json", encoder.tokenizer_json},
+                     {"generation_config.json", generation_config(encoder)}};
+
+    TrainedLanguageModel trained(ex, *model);
+    Trainer trainer(ex, trained, std::move(data), std::move(valid), o.train, o.resume,
+                    o.quiet ? nullptr : stderr);
+    progress.note(fmt::format("{}: {} parameters; {} at step {}", model->spec().architecture,
+                              model->parameter_count(), trainer.step() > 0 ? "resumes" : "starts",
+                              trainer.step()));
+    write_recipe(command, o.train.out / "recipe.json");
+    std::signal(SIGINT, request_stop);
+    std::signal(SIGTERM, request_stop);
+    const TrainSummary s = trainer.run(&stop_requested);
+    const Json result = to_json(s, model->parameter_count());
+    if (o.json) {
+        print_json(result);
+        return;
+    }
+    for (const auto& [key, value] : result.items()) std::printf("%s %s\n", key.c_str(), value.dump().c_str());
+}
+
+void start(CLI::App& command, Options& o) {
+    require(!o.out.empty(), "train", "give the folder of the run: --out DIR");
+    const fs::path saved = fs::path(o.out) / "recipe.json";
+    if (!o.recipe.empty()) {
+        apply_recipe(command, o.recipe);
+    } else if (o.resume && fs::exists(saved)) {
+        apply_recipe(command, saved);
+    }
+    o.train.out = o.out;
+    if (o.train.schedule.floor < 0) o.train.schedule.floor = o.train.schedule.peak / 10;
+    o.shape.tie_embeddings = !o.untied;
+    run(o, command);
+}
+
+void add_model_options(CLI::App& c, Options& o) {
+    c.add_option("--arch", o.arch, "Architecture of a new model: mamba, mamba2, falcon_mamba");
+    c.add_option("--config", o.config, "config.json of a new model, instead of --arch and its shape");
+    c.add_option("--init-from", o.init_from, "Model folder to start from, instead of a new model");
+    c.add_option("--d-model", o.shape.e, "Width")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--layers", o.shape.layers, "Layers")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(CLI::NonNegativeNumber);
+    c.add_option("--expand", o.shape.expand, "Inner width / width")->check(CLI::PositiveNumber);
+    c.add_option("--d-conv", o.shape.k, "Convolution width")->check(CLI::PositiveNumber);
+    c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")
+        ->check(CLI::NonNegativeNumber);
+    c.add_option("--n-groups", o.shape.g, "B/C groups (mamba2)")->check(CLI::PositiveNumber);
+    c.add_option("--dt-rank", o.shape.dt_rank, "Rank of delta (mamba); 0: the rule's")
+        ->check(CLI::NonNegativeNumber);
+    c.add_flag("--untied", o.untied, "A head of its own, not the embedding's");
+}
+
+void add_data_options(CLI::App& c, Options& o) {
+    c.add_option("--data", o.data,
+                 "Texts: .txt or .jsonl, also .zst; FILE:3 visits a file three times an epoch");
+    c.add_option("--valid", o.valid, "Texts to validate on");
+    c.add_option("--repeat", o.repeat, "Visits an epoch of files that do not say")
+        ->check(CLI::PositiveNumber);
+    c.add_option("--tokenizer", o.tokenizer,
+                 "tokenizer.json; without it bytes are the ids (0..254, 255 ends a document)");
+    c.add_option("--separator", o.documents.separator, "Line after each document of a .txt")
+        ->capture_default_str();
+    c.add_option("--text-field", o.documents.field, "Field of a .jsonl line")->capture_default_str();
+    c.add_option("--cache", o.cache, "Folder of the token cache; default OUT/cache");
+    c.add_option("--length", o.train.sampler.length, "Tokens in a window")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    c.add_option("--batch", o.train.sampler.batch, "Windows in a batch")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    c.add_option("--accumulate", o.train.accumulate, "Batches in a step")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    c.add_flag("--packed", o.train.sampler.packed,
+               "Whole documents, which never see each other, instead of windows");
+    c.add_option("--seed", o.train.sampler.seed, "Of the new model and the order of the data")
+        ->capture_default_str();
+}
+
+void add_run_options(CLI::App& c, Options& o) {
+    TrainOptions& t = o.train;
+    c.add_option("--steps", t.steps, "End after so many steps")->check(CLI::NonNegativeNumber);
+    c.add_option("--tokens", t.tokens, "End after so many tokens")->check(CLI::NonNegativeNumber);
+    c.add_option("--minutes", t.minutes, "End after so much time (resuming is then not exact)")
+        ->check(CLI::NonNegativeNumber);
+    c.add_option("--lr", t.schedule.peak, "Highest learning rate")->capture_default_str();
+    c.add_option("--min-lr", t.schedule.floor, "Last learning rate; default a tenth of --lr")
+        ->check(CLI::NonNegativeNumber);
+    c.add_option("--warmup", t.schedule.warmup, "Steps to reach --lr")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--weight-decay", t.optimizer.weight_decay, "Of matrices; vectors and A_log have none")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--beta1", t.optimizer.beta1, "AdamW")
+        ->check(CLI::Range(0.0, 0.9999999))
+        ->capture_default_str();
+    c.add_option("--beta2", t.optimizer.beta2, "AdamW")
+        ->check(CLI::Range(0.0, 0.9999999))
+        ->capture_default_str();
+    c.add_option("--clip", t.clip, "Largest norm of the gradients; 0: any")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--dtype", o.dtype, "Of matrix products; weights stay f32")
+        ->check(CLI::IsMember({"f32", "bf16"}))
+        ->capture_default_str();
+    c.add_option("--threads", o.threads, "Threads; 0: all cores")->check(CLI::Range(0, 1024));
+    c.add_option("--checkpoint-every", t.checkpoint_every, "Steps; 0: only at the end")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--keep", t.keep, "Checkpoints to keep")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--valid-every", t.valid_every, "Steps; 0: only at the end")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--valid-tokens", t.valid_tokens, "At most so many; 0: all")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--log-every", t.log_every, "Steps between lines of metrics.jsonl")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+}
+
+}  // namespace
+
+void add_train(CLI::App& app) {
+    auto o = std::make_shared<Options>();
+    o->train.schedule = {.peak = 1e-3, .floor = -1, .warmup = 100};
+    CLI::App* c = app.add_subcommand("train", "Train a language model on text");
+    c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, and the newest model");
+    c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
+    c->add_option("--recipe", o->recipe, "JSON file {option: value}; the command line wins");
+    add_model_options(*c, *o);
+    add_data_options(*c, *o);
+    add_run_options(*c, *o);
+    c->add_flag("--json", o->json, "Print the result as one JSON value");
+    c->add_flag("--quiet", o->quiet, "No progress on stderr");
+    c->callback([o, c] { start(*c, *o); });
+}
+
+}  // namespace ssm::cli

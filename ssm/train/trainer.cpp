@@ -1,0 +1,299 @@
+#include "ssm/train/trainer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "ssm/io/atomic_file.h"
+#include "ssm/io/mapped_file.h"
+#include "ssm/io/safetensors/checkpoint.h"
+
+namespace ssm {
+namespace fs = std::filesystem;
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+constexpr const char* kState = "trainer.json";
+constexpr const char* kOptimizer = "optimizer.safetensors";
+
+class Stopwatch {
+public:
+    double seconds() const {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    }
+
+private:
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+void add_identity(TrainOptions& o) {
+    o.identity["length"] = std::to_string(o.sampler.length);
+    o.identity["batch"] = std::to_string(o.sampler.batch);
+    o.identity["accumulate"] = std::to_string(o.accumulate);
+    o.identity["seed"] = std::to_string(o.sampler.seed);
+    o.identity["packed"] = o.sampler.packed ? "true" : "false";
+}
+
+void check(const TrainOptions& o) {
+    require(o.accumulate >= 1, "train", "accumulate must be at least 1 but is {}", o.accumulate);
+    require(o.steps >= 0 && o.tokens >= 0 && o.minutes >= 0, "train", "a limit of the run is negative");
+    require(o.steps > 0 || o.tokens > 0 || o.minutes > 0, "train",
+            "a run needs an end: steps, tokens or minutes");
+    require(o.clip >= 0, "train", "clip must not be negative but is {}", o.clip);
+    require(o.keep >= 1, "train", "keep must be at least 1 but is {}", o.keep);
+    require(std::isfinite(o.schedule.peak) && o.schedule.peak > 0, "train",
+            "the learning rate must be positive but is {}", o.schedule.peak);
+    require(o.schedule.floor >= 0 && o.schedule.floor <= o.schedule.peak, "train",
+            "the lowest learning rate {} is not in [0, {}]", o.schedule.floor, o.schedule.peak);
+    require(o.schedule.warmup >= 0, "train", "warmup must not be negative but is {}", o.schedule.warmup);
+}
+
+}  // namespace
+
+Trainer::Trainer(Exec exec, Trainable& model, std::vector<WeightedFile> train,
+                 std::vector<WeightedFile> valid, TrainOptions options, bool resume, std::FILE* progress)
+    : exec_(std::move(exec)),
+      model_(model),
+      valid_(std::move(valid)),
+      options_((check(options), std::move(options))),
+      folder_(options_.out),
+      optimizer_(exec_, model.parameters(), options_.optimizer),
+      sampler_(std::move(train), options_.sampler),
+      progress_(progress),
+      batches_(static_cast<size_t>(options_.accumulate)) {
+    add_identity(options_);
+    const auto latest = RunFolder::latest(options_.out);
+    if (latest && !resume) {
+        fail(ErrorCode::invalid_argument, "train",
+             "`{}` has a run already (step {}); continue it with --resume or choose another folder",
+             options_.out.string(), std::stoll(latest->filename().string().substr(5)));
+    }
+    if (latest) resume_from(*latest);
+    std::optional<MetricsRow> last;
+    metrics_ = std::make_unique<MetricsLog>(options_.out / "metrics.jsonl", step_, last);
+    if (last) {
+        seconds_ = last->seconds;
+        loss_ = last->loss;
+        rate_ = last->learning_rate;
+        tokens_per_second_ = last->tokens_per_second;
+    }
+    start_share_ = share();
+    start_seconds_ = seconds_;
+    optimizer_.zero_gradients();
+    if (!latest) {
+        write_checkpoint();
+        require_room(checkpoint_);
+    }
+}
+
+void Trainer::require_room(const fs::path& checkpoint) const {
+    uintmax_t bytes = 0;
+    for (const auto& entry : fs::directory_iterator(checkpoint)) bytes += entry.file_size();
+    std::error_code error;
+    const fs::space_info space = fs::space(options_.out, error);
+    const uintmax_t need = bytes * static_cast<uintmax_t>(options_.keep);
+    if (!error && space.available < need) {
+        fail(ErrorCode::io, "train", "`{}` has {} MB free but {} checkpoints need {} MB more",
+             options_.out.string(), space.available / 1000000, options_.keep, need / 1000000 + 1);
+    }
+}
+
+void Trainer::resume_from(const fs::path& checkpoint) {
+    const fs::path file = checkpoint / kState;
+    const Json state = Json::parse(read_text_file(file), nullptr, false);
+    SamplerState sampler;
+    try {
+        const auto identity = state.at("identity").get<std::map<std::string, std::string>>();
+        for (const auto& [name, value] : options_.identity) {
+            const auto was = identity.find(name);
+            require(was != identity.end() && was->second == value, "train",
+                    "cannot resume `{}`: `{}` was {} but is {} now", options_.out.string(), name,
+                    was == identity.end() ? "absent" : was->second, value);
+        }
+        step_ = state.at("step").get<int64_t>();
+        tokens_ = state.at("tokens").get<int64_t>();
+        sampler = {state.at("sampler").at("epoch").get<uint64_t>(),
+                   state.at("sampler").at("position").get<uint64_t>()};
+    } catch (const nlohmann::json::exception&) {
+        fail(ErrorCode::bad_file, "train", "`{}` is not a trainer's state", file.string());
+    }
+    sampler_.seek(sampler);
+    Checkpoint weights = Checkpoint::open(checkpoint);
+    for (const TrainedParameter& p : optimizer_.parameters()) {
+        p.value.copy_from(weights.tensor(p.name, p.value.shape()));
+    }
+    weights.require_all_claimed();
+    optimizer_.load(checkpoint / kOptimizer);
+    checkpoint_ = checkpoint;
+}
+
+void Trainer::write_checkpoint() {
+    metrics_->sync();
+    checkpoint_ = folder_.write(step_, [&](const fs::path& folder) {
+        model_.save(folder);
+        for (const auto& [name, content] : options_.files) write_file_atomic(folder / name, content);
+        optimizer_.save(folder / kOptimizer);
+        const SamplerState s = sampler_.state();
+        const Json state = {{"format", 1},
+                            {"step", step_},
+                            {"tokens", tokens_},
+                            {"sampler", {{"epoch", s.epoch}, {"position", s.position}}},
+                            {"identity", options_.identity}};
+        write_file_atomic(folder / kState, state.dump(1) + '\n');
+    });
+    folder_.prune(options_.keep);
+}
+
+double Trainer::share() const {
+    double done = 0;
+    const auto of = [&](double now, double end) {
+        if (end > 0) done = std::max(done, now / end);
+    };
+    of(static_cast<double>(step_), static_cast<double>(options_.steps));
+    of(static_cast<double>(tokens_), static_cast<double>(options_.tokens));
+    of(seconds_, options_.minutes * 60);
+    return done;
+}
+
+// The rate of `step`, the one after step_. With a limit in steps it depends on nothing but the step.
+double Trainer::rate(int64_t step) const {
+    const double tokens_per_step =
+        step_ > 0
+            ? static_cast<double>(tokens_) / static_cast<double>(step_)
+            : static_cast<double>(options_.sampler.batch * options_.sampler.length * options_.accumulate);
+    double per_step = 0;
+    if (options_.steps > 0) per_step = 1.0 / static_cast<double>(options_.steps);
+    if (options_.tokens > 0)
+        per_step = std::max(per_step, tokens_per_step / static_cast<double>(options_.tokens));
+    const double progress = std::max(share(), per_step * static_cast<double>(step));
+    return learning_rate(options_.schedule, step, progress,
+                         per_step * static_cast<double>(options_.schedule.warmup));
+}
+
+void Trainer::take_step() {
+    const Stopwatch watch;
+    int64_t total = 0;
+    for (Batch& b : batches_) {
+        sampler_.next(b);
+        total += b.tokens();
+    }
+    double loss = 0;
+    for (const Batch& b : batches_) {
+        const double weight = static_cast<double>(b.tokens()) / static_cast<double>(total);
+        loss += weight * model_.add_gradients(b, weight);
+    }
+    const double norm = optimizer_.gradient_norm();
+    if (!std::isfinite(loss) || !std::isfinite(norm)) stop_not_finite(loss, norm);
+    const double scale = options_.clip > 0 && norm > options_.clip ? options_.clip / norm : 1.0;
+    rate_ = rate(step_ + 1);
+    optimizer_.step(step_ + 1, rate_, scale);
+    ++step_;
+    tokens_ += total;
+    norm_ = norm;
+    since_.loss += loss;
+    ++since_.steps;
+    since_.tokens += total;
+    const double seconds = watch.seconds();
+    since_.seconds += seconds;
+    seconds_ += seconds;
+}
+
+void Trainer::stop_not_finite(double loss, double norm) const {
+    const TrainedParameter* broken = optimizer_.broken_gradient();
+    const std::string where = broken != nullptr
+                                  ? fmt::format("the gradient of `{}` is not finite", broken->name)
+                              : std::isfinite(loss) ? fmt::format("the norm of the gradients is {}", norm)
+                                                    : "every gradient is finite";
+    fail(ErrorCode::numeric, "train", "step {}: the loss is {}, {}; the last good checkpoint is `{}`",
+         step_ + 1, loss, where, checkpoint_.string());
+}
+
+Validation Trainer::validate() {
+    Validation v;
+    SequentialWindows windows(valid_, options_.sampler.length, options_.sampler.batch, options_.valid_tokens);
+    Batch batch;
+    double sum = 0;
+    while (windows.next(batch)) {
+        sum += model_.loss(batch) * static_cast<double>(batch.tokens());
+        v.tokens += batch.tokens();
+    }
+    double tokens = 0, bytes = 0;
+    for (const WeightedFile& f : valid_) {
+        tokens += static_cast<double>(f.tokens.tokens() - 1);
+        bytes += static_cast<double>(f.tokens.text_bytes());
+    }
+    v.loss = sum / static_cast<double>(v.tokens);
+    v.bits_per_byte = v.loss / std::log(2.0) * tokens / bytes;
+    return v;
+}
+
+ProgressStatus Trainer::status() const {
+    const double now = share(), done = now - start_share_;
+    ProgressStatus s;
+    s.step = step_;
+    s.share = now;
+    s.loss = since_.steps > 0 ? since_.loss / static_cast<double>(since_.steps) : loss_;
+    s.learning_rate = rate_;
+    s.tokens_per_second =
+        since_.seconds > 0 ? static_cast<double>(since_.tokens) / since_.seconds : tokens_per_second_;
+    s.seconds_left = done > 0 ? (seconds_ - start_seconds_) * (1 - now) / done : NAN;
+    return s;
+}
+
+void Trainer::write_row(std::optional<Validation> valid) {
+    if (since_.steps > 0) {
+        loss_ = since_.loss / static_cast<double>(since_.steps);
+        tokens_per_second_ = static_cast<double>(since_.tokens) / since_.seconds;
+    }
+    const SamplerState s = sampler_.state();
+    MetricsRow row{.step = step_,
+                   .tokens = tokens_,
+                   .epoch = static_cast<double>(s.epoch) +
+                            static_cast<double>(s.position) / static_cast<double>(sampler_.epoch_size()),
+                   .loss = loss_,
+                   .learning_rate = rate_,
+                   .gradient_norm = norm_,
+                   .tokens_per_second = tokens_per_second_,
+                   .seconds = seconds_,
+                   .valid_loss = {},
+                   .bits_per_byte = {}};
+    ProgressStatus shown = status();
+    if (valid) {
+        shown.valid_loss = row.valid_loss = valid->loss;
+        shown.bits_per_byte = row.bits_per_byte = valid->bits_per_byte;
+    }
+    metrics_->append(row);
+    progress_.report(shown);
+    since_ = {};
+}
+
+TrainSummary Trainer::run(const std::atomic<bool>* stop) {
+    const int64_t first_tokens = tokens_;
+    const double first_seconds = seconds_;
+    bool stopped = false;
+    while (!stopped && share() < 1) {
+        take_step();
+        const bool last = share() >= 1;
+        stopped = !last && stop != nullptr && stop->load();
+        const bool validated = !valid_.empty() && due(options_.valid_every, last) && !stopped;
+        if (validated) last_valid_ = validate();
+        const bool saved = due(options_.checkpoint_every, last || stopped);
+        if (validated || saved || due(options_.log_every, last)) {
+            write_row(validated ? last_valid_ : std::nullopt);
+        } else {
+            progress_.update(status());
+        }
+        if (saved) write_checkpoint();
+    }
+    TrainSummary summary{.step = step_, .tokens = tokens_, .loss = loss_, .seconds = seconds_};
+    const double seconds = seconds_ - first_seconds;
+    summary.tokens_per_second = seconds > 0 ? static_cast<double>(tokens_ - first_tokens) / seconds : 0;
+    summary.valid = last_valid_;
+    summary.checkpoint = checkpoint_;
+    summary.stopped = stopped;
+    return summary;
+}
+
+}  // namespace ssm
