@@ -118,7 +118,7 @@ TEST(VerifyTampered, Errors) {
     EXPECT_EQ(message([](auto& t) { find(t, "input_ids").template data<int64_t>()[3] = -2; }),
               "[verify] expected.safetensors: 'input_ids' holds the id -2");
     EXPECT_EQ(message([](auto& t) { find(t, "input_ids").template data<int64_t>()[3] = 160; }),
-              "[model] token id 160 is outside the vocabulary of 160");
+              "[embedding] ids[3] = 160 is outside the vocabulary [0, 160)");
     EXPECT_EQ(message([](auto& t) {
                   find(t, "input_ids") = Tensor::zeros({2, 37});
               }),
