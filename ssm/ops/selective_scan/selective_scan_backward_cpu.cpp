@@ -35,19 +35,21 @@ struct GroupMemory {
     // A.
     float *A, *gh, *gA;
     float *gD, *gbias;  // [blocks L]
-    // Of one block and chunk, [q L]: log2(e) dt, its derivative, dt u, g, y before the gate, s, sum e A.
-    float *dt, *slope, *x, *g, *y, *s, *e;
+    // Of one block and chunk, [q L]: log2(e) dt, its derivative, sigmoid(z), dt u, g, y before the gate, s,
+    // sum e A.
+    float *dt, *slope, *gate, *x, *g, *y, *s, *e;
     float *A_bar, *h;  // of one piece of the states, [q piece L], [q+1 piece L]
     float *gB, *gC;    // of the group, [q n L]
 
     static int64_t size(int64_t n, int64_t q) {
-        return (3 * n + 2) * kGroup + (7 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
+        return (3 * n + 2) * kGroup + (8 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
     }
     GroupMemory(float* p, int64_t n, int64_t q) {
         auto take = [&p](int64_t count) { return std::exchange(p, p + count); };
         A = take(n * kGroup), gh = take(n * kGroup), gA = take(n * kGroup);
         gD = take(kGroup), gbias = take(kGroup);
-        dt = take(q * kLanes), slope = take(q * kLanes), x = take(q * kLanes), g = take(q * kLanes);
+        dt = take(q * kLanes), slope = take(q * kLanes);
+        gate = take(q * kLanes), x = take(q * kLanes), g = take(q * kLanes);
         y = take(q * kLanes), s = take(q * kLanes), e = take(q * kLanes);
         A_bar = take(q * kBackPiece * kLanes), h = take((q + 1) * kBackPiece * kLanes);
         gB = take(q * n * kLanes), gC = take(q * n * kLanes);
@@ -89,7 +91,11 @@ struct ChunkBackward {
             if (in.delta_softplus) dt = SoftplusWithSlope(dt, slope);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
             ScanVec g = Load(d, grad_y.row(t + i) + c, lanes);
-            if (in.z) g = hn::Mul(g, Silu(d, Load(d, in.z.row(t + i) + c, lanes)));
+            if (in.z) {
+                const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), gate = Sigmoid(d, z);
+                hn::Store(gate, d, memory.gate + at);
+                g = hn::Mul(g, hn::Mul(z, gate));
+            }
             hn::Store(slope, d, memory.slope + at);
             hn::Store(hn::Mul(dt, u), d, memory.x + at);
             hn::Store(hn::Mul(dt, hn::Set(d, kLog2e)), d, memory.dt + at);
@@ -189,7 +195,10 @@ struct ChunkBackward {
             if (grad.u) AddTo(grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
             if (grad.delta) AddTo(grad.delta.row(t + i) + c, gdelta, lanes);
             if (grad.z) {
-                const ScanVec slope = SiluDerivative(d, Load(d, in.z.row(t + i) + c, lanes));
+                // silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
+                const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), one = hn::Set(d, 1.0f);
+                const ScanVec gate = hn::Load(d, memory.gate + at);
+                const ScanVec slope = hn::Mul(gate, hn::MulAdd(z, hn::Sub(one, gate), one));
                 const ScanVec gy = Load(d, grad_y.row(t + i) + c, lanes);
                 const ScanVec y = hn::Load(d, memory.y + at);
                 AddTo(grad.z.row(t + i) + c, hn::Mul(hn::Mul(gy, y), slope), lanes);
@@ -233,13 +242,20 @@ struct Backward {
 
     // Sums the lanes of the group's gB, gC over a chunk into its partial sums.
     void SumLanes(const GroupMemory& memory, int64_t group, int64_t begin, int64_t count) noexcept {
-        const ScanTag tag;
         float* B = partial_B + (group * t() + begin) * n();
         float* C = partial_C + (group * t() + begin) * n();
-        for (int64_t i = 0; i < count * n(); ++i) {
-            B[i] = hn::GetLane(hn::SumOfLanes(tag, hn::Load(tag, memory.gB + i * kLanes)));
-            C[i] = hn::GetLane(hn::SumOfLanes(tag, hn::Load(tag, memory.gC + i * kLanes)));
+        SumEach(memory.gB, count * n(), B);
+        SumEach(memory.gC, count * n(), C);
+    }
+    // sums[i] = sum of the lanes of vector i
+    static void SumEach(const float* vectors, int64_t count, float* sums) noexcept {
+        const ScanTag d;
+        auto v = [&](int64_t i) HWY_ATTR { return hn::Load(d, vectors + i * kLanes); };
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            StoreSums(d, v(i), v(i + 1), v(i + 2), v(i + 3), sums + i);
         }
+        for (; i < count; ++i) sums[i] = SumToFloat(d, v(i));
     }
 
     void RunSequence(const GroupMemory& memory, int64_t group, int64_t blocks, int64_t s) noexcept {
