@@ -142,29 +142,30 @@ struct ChunkBackward {
         const ScanTag d;
         const int64_t n = in.A.shape[1], own = (block * n + j) * kLanes;
         const float* A = memory.A + own;
-        ScanVec gh[kCount], gA[kCount];
+        ScanVec gh[kCount], gA[kCount], h[kCount];
         Unroll<kCount>([&](auto k) HWY_ATTR __attribute__((always_inline)) {
             gh[k] = hn::Load(d, memory.gh + own + k * kLanes);
             gA[k] = hn::Load(d, memory.gA + own + k * kLanes);
+            h[k] = hn::Load(d, memory.h + (count * kCount + k) * kLanes);
         });
         for (int64_t i = count - 1; i >= 0; --i) {
             const float *B = in.B.row(t + i) + j, *C = in.C.row(t + i) + j;
             const float *A_bar = memory.A_bar + i * kCount * kLanes, *before = memory.h + i * kCount * kLanes;
-            const float* after = before + kCount * kLanes;
             float *gB = memory.gB + (i * n + j) * kLanes, *gC = memory.gC + (i * n + j) * kLanes;
             const ScanVec dt = hn::Load(d, memory.dt + i * kLanes), x = hn::Load(d, memory.x + i * kLanes),
                           g = hn::Load(d, memory.g + i * kLanes);
             ScanVec s = hn::Load(d, memory.s + i * kLanes), e = hn::Load(d, memory.e + i * kLanes);
             Unroll<kCount>([&](auto k) HWY_ATTR __attribute__((always_inline)) {
-                const ScanVec zero = hn::Zero(d), h = hn::Load(d, after + k * kLanes);
+                const ScanVec zero = hn::Zero(d);
                 gh[k] = hn::MulAdd(g, hn::Set(d, C[k]), gh[k]);
                 const ScanVec gC_old = kFirst ? zero : hn::Load(d, gC + k * kLanes);
                 const ScanVec gB_old = kFirst ? zero : hn::Load(d, gB + k * kLanes);
-                hn::Store(hn::MulAdd(g, h, gC_old), d, gC + k * kLanes);
+                hn::Store(hn::MulAdd(g, h[k], gC_old), d, gC + k * kLanes);
                 hn::Store(hn::MulAdd(gh[k], x, gB_old), d, gB + k * kLanes);
                 s = hn::MulAdd(gh[k], hn::Set(d, B[k]), s);
                 gh[k] = hn::Mul(gh[k], hn::Load(d, A_bar + k * kLanes));
-                const ScanVec through = hn::Mul(gh[k], hn::Load(d, before + k * kLanes));
+                h[k] = hn::Load(d, before + k * kLanes);
+                const ScanVec through = hn::Mul(gh[k], h[k]);
                 gA[k] = hn::MulAdd(dt, through, gA[k]);
                 e = hn::MulAdd(through, hn::Load(d, A + k * kLanes), e);
             });
@@ -318,12 +319,15 @@ struct Backward {
     void AddPartials(const Exec& ex, const float* partial, int64_t groups, View<float, 2> rows) {
         if (!rows) return;
         parallel_for(ex, t(), 256, [&](int64_t begin, int64_t end) {
+            const ScanTag tag;
             for (int64_t i = begin; i < end; ++i) {
-                for (int64_t j = 0; j < n(); ++j) {
-                    float sum = 0;
-                    for (int64_t g = 0; g < groups; ++g) sum += partial[(g * t() + i) * n() + j];
-                    rows.row(i)[j] += sum;
-                }
+                ForEachVector(tag, n(), [&](int64_t j, auto lanes) HWY_ATTR {
+                    ScanVec sum = hn::Zero(tag);
+                    for (int64_t g = 0; g < groups; ++g) {
+                        sum = hn::Add(sum, Load(tag, partial + (g * t() + i) * n() + j, lanes));
+                    }
+                    AddTo(rows.row(i) + j, sum, lanes);
+                });
             }
         });
     }
