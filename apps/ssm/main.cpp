@@ -1,9 +1,13 @@
 // The command `ssm`. Results on stdout, progress on stderr; exit 0 ok, 1 failed, 2 usage.
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <string>
+
+#include <fmt/format.h>
 
 #include "apps/ssm/commands/bench.h"
 #include "apps/ssm/commands/convert.h"
@@ -13,12 +17,29 @@
 #include "apps/ssm/commands/verify.h"
 #include "ssm/core/error.h"
 
+namespace {
+
+std::string one_line(std::string text) {
+    std::ranges::replace(text, '\n', ' ');
+    while (text.ends_with(' ')) text.pop_back();
+    return text;
+}
+
+int report(std::string_view message) {
+    std::fprintf(stderr, "ssm: %s\n", one_line(std::string(message)).c_str());
+    return 1;
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
     CLI::App app{
         "ssm.cpp: train, run, evaluate and inspect state space models (Mamba, Mamba-2, Falcon Mamba)."};
     app.require_subcommand(1);
     app.set_version_flag("--version", std::string(SSM_VERSION));
-    app.failure_message(CLI::FailureMessage::simple);
+    app.failure_message([](const CLI::App*, const CLI::Error& e) {
+        return fmt::format("ssm: [usage] {}; --help says more\n", one_line(e.what()));
+    });
     ssm::cli::add_generate(app);
     ssm::cli::add_eval(app);
     ssm::cli::add_verify(app);
@@ -31,14 +52,12 @@ int main(int argc, char** argv) {
         const bool asked = e.get_exit_code() == 0;  // --help, --version
         return app.exit(e) == 0 && asked ? 0 : 2;
     } catch (const ssm::Error& e) {
-        std::fprintf(stderr, "ssm: %s\n", e.what());
-        return 1;
+        return report(e.what());
     } catch (const std::bad_alloc&) {
-        std::fprintf(stderr, "ssm: [memory] out of memory\n");
-        return 1;
+        return report("[memory] out of memory");
     } catch (const std::exception& e) {
-        std::fprintf(stderr, "ssm: %s\n", e.what());
-        return 1;
+        return report(fmt::format("[internal] {}", e.what()));
     }
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) return report("[stdout] cannot be written");
     return 0;
 }

@@ -10,15 +10,27 @@
 
 namespace ssm {
 
+// Layers are built before the weights are looked at, so their number has a limit of its own.
+inline constexpr Range kLayers{1, 4096};
+
+// The inner width expand * e; `expand` may be a fraction, but something must be left.
+inline int64_t inner_width(const ConfigReader& config, int64_t e) {
+    const auto expand = config.get_or<double>("expand", 2.0, between(0.01, 64));
+    const auto d = static_cast<int64_t>(expand * static_cast<double>(e));
+    if (d < 1) config.reject("expand", "leaves no inner width");
+    return d;
+}
+
 // "eos_token_id": an id, a list of ids, or null.
 inline std::vector<int32_t> read_eos(const ConfigReader& config) {
     if (!config.has("eos_token_id")) {
         config.ignore({"eos_token_id"});
         return {};
     }
+    constexpr Range kId = between(-1, 2147483647);
     if (config.holds<int64_t>("eos_token_id"))
-        return {static_cast<int32_t>(config.get<int64_t>("eos_token_id"))};
-    const auto ids = config.get<std::vector<int64_t>>("eos_token_id");
+        return {static_cast<int32_t>(config.get<int64_t>("eos_token_id", kId))};
+    const auto ids = config.get<std::vector<int64_t>>("eos_token_id", kId);
     return {ids.begin(), ids.end()};
 }
 

@@ -1,10 +1,12 @@
 #include "ssm/models/mamba_ssm_layout.h"
 
+#include "ssm/models/config_common.h"
+
 namespace ssm::mamba_ssm_layout {
 
 bool matches(const ConfigReader& config, std::string_view layer) {
     if (config.has("model_type") || !config.has("d_model") || !config.has("n_layer")) return false;
-    return config.object("ssm_cfg").choice_or("layer", "Mamba1", {"Mamba1", "Mamba2", "Mamba3"}) == layer;
+    return config.object("ssm_cfg").choice_or("layer", "Mamba1", {"Mamba1", "Mamba2"}) == layer;
 }
 
 Config read(const ConfigReader& config) {
@@ -17,7 +19,7 @@ Config read(const ConfigReader& config) {
     const auto vocab = config.get<int64_t>("vocab_size", kDimension);
     const auto multiple = config.get_or<int64_t>("pad_vocab_size_multiple", 8, kDimension);
     return {.e = config.get<int64_t>("d_model", kDimension),
-            .layers = config.get<int64_t>("n_layer", kDimension),
+            .layers = config.get<int64_t>("n_layer", kLayers),
             .vocab = (vocab + multiple - 1) / multiple * multiple,
             .tie_embeddings = config.get_or("tie_embeddings", true),
             .ssm_cfg = config.object("ssm_cfg")};

@@ -1,6 +1,7 @@
 #include "ssm/models/registry.h"
 
 #include <cstring>
+#include <regex>
 
 #include "ssm/io/atomic_file.h"
 #include "ssm/io/json/config_reader.h"
@@ -31,13 +32,19 @@ const Architecture& match(const ConfigReader& config, std::string_view where) {
     for (const Architecture& a : kArchitectures) {
         if (a.matches(config)) return a;
     }
-    const std::string name =
-        config.holds<std::string>("model_type") ? config.get<std::string>("model_type") : "";
+    if (!config.has("model_type")) {
+        fail(ErrorCode::unsupported, where,
+             "'model_type' is missing; known: {}, and the original mamba_ssm layout", known_names());
+    }
+    const auto name = config.get<std::string>("model_type");
     fail(ErrorCode::unsupported, where, "unknown 'model_type' \"{}\"; known: {}", name, known_names());
 }
 
 void load_parameter(Checkpoint& checkpoint, const std::string& name, Parameter& p, DType dtype) {
     const Tensor stored = checkpoint.tensor(name, p.shape);
+    const DType type = stored.dtype();
+    if (type != DType::f32 && type != DType::bf16 && type != DType::f16 && type != DType::f64)
+        fail(ErrorCode::bad_file, "model", "'{}' holds {}; floating point is needed", name, name_of(type));
     const Tensor value = stored.to(p.kind == Parameter::Kind::matrix ? dtype : DType::f32);
     // Own memory: huge pages, and the file may change later.
     p.var = Var(value.raw() == stored.raw() ? stored.clone() : value);
@@ -52,6 +59,13 @@ void check_tied_head(Checkpoint& checkpoint, const ModelSpec& spec) {
         fail(ErrorCode::bad_file, "model", "'{}' differs from '{}' although config.json ties them",
              spec.head_name, spec.embedding_name);
     }
+}
+
+// The config with "dtype" (transformers 4: "torch_dtype"), where it has one, naming what is saved. As text,
+// so that the rest stays as it was written.
+std::string with_dtype(const std::string& config, DType dtype) {
+    static const std::regex kKey(R"re(("(?:torch_)?dtype"\s*:\s*)"[^"]*")re");
+    return std::regex_replace(config, kKey, dtype == DType::bf16 ? "$1\"bfloat16\"" : "$1\"float32\"");
 }
 
 }  // namespace
@@ -97,7 +111,7 @@ void save_model(LanguageModel& model, const std::filesystem::path& dir, const Sa
         tensors.push_back({name == spec.embedding_name ? embedding_name : name, p.value().to(dtype)});
     });
     write_checkpoint(dir, tensors, options.max_shard_bytes);
-    write_file_atomic(dir / "config.json", config_text);
+    write_file_atomic(dir / "config.json", with_dtype(config_text, options.dtype));
 }
 
 }  // namespace ssm

@@ -30,4 +30,13 @@ inline std::filesystem::path golden_op(const std::string& name) {
     return std::filesystem::exists(shared) ? shared : std::filesystem::path();
 }
 
+// A checkpoint with its expected.safetensors: the copy in tests/golden/models, else the one in the shared
+// folder. Empty when neither exists.
+inline std::filesystem::path golden_model(const std::string& name) {
+    const std::filesystem::path own = source_dir() / "tests/golden/models" / name;
+    if (std::filesystem::exists(own)) return own;
+    const std::filesystem::path shared = shared_dir() / "fixtures/models" / name;
+    return std::filesystem::exists(shared) ? shared : std::filesystem::path();
+}
+
 }  // namespace ssm::test

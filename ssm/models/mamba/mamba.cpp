@@ -20,7 +20,7 @@ Config read_mamba_ssm(const ConfigReader& config) {
     m.layers = shared.layers;
     m.n = s.get_or<int64_t>("d_state", 16, kDimension);
     m.k = s.get_or<int64_t>("d_conv", 4, between(2, 64));
-    m.d = static_cast<int64_t>(s.get_or<double>("expand", 2.0, between(0.01, 64)) * static_cast<double>(m.e));
+    m.d = inner_width(s, m.e);
     m.r = s.holds<std::string>("dt_rank") || !s.has("dt_rank") ? automatic_rank(m.e)
                                                                : s.get<int64_t>("dt_rank", kDimension);
     if (s.holds<std::string>("dt_rank")) s.choice("dt_rank", {"auto"});
@@ -91,12 +91,12 @@ Config read_hugging_face(const ConfigReader& config) {
     c.tie_embeddings = config.get_or("tie_word_embeddings", true);
     c.eos = read_eos(config);
     m.e = config.get_or<int64_t>("hidden_size", 768, kDimension);
-    m.layers = config.get_or<int64_t>("num_hidden_layers", 32, kDimension);
+    m.layers = config.get_or<int64_t>("num_hidden_layers", 32, kLayers);
     m.n = config.get_or<int64_t>("state_size", 16, kDimension);
     m.k = config.get_or<int64_t>("conv_kernel", 4, between(2, 64));
-    const auto expand = config.get_or<double>("expand", 2.0, between(0.01, 64));
-    m.d = config.get_or<int64_t>("intermediate_size", static_cast<int64_t>(expand * static_cast<double>(m.e)),
-                                 kDimension);
+    const bool given = config.has("intermediate_size");
+    if (given) config.ignore({"expand"});
+    m.d = given ? config.get<int64_t>("intermediate_size", kDimension) : inner_width(config, m.e);
     if (config.holds<std::string>("time_step_rank")) {
         config.choice("time_step_rank", {"auto"});
         m.r = automatic_rank(m.e);

@@ -18,6 +18,12 @@ struct Config {
     std::vector<int32_t> eos;
 };
 
+// The width of B and of C is a size like any other.
+void require_group_width(const ConfigReader& config, const char* key, const Mamba2Config& m) {
+    if (static_cast<double>(m.g) * static_cast<double>(m.n) <= kDimension.high) return;
+    config.reject(key, fmt::format("times the number of groups, {}, is too large", m.g));
+}
+
 void read_dt_limit(const ConfigReader& config, const char* key, Mamba2Config& m) {
     if (!config.has(key)) return config.ignore({key});
     const auto limit = config.get<std::vector<double>>(key);
@@ -38,13 +44,14 @@ Config read_hugging_face(const ConfigReader& config) {
     c.chunk = config.get_or<int64_t>("chunk_size", 256,
                                      kDimension);  // how transformers splits the sum, not what it is
     m.e = config.get_or<int64_t>("hidden_size", 4096, kDimension);
-    m.layers = config.get_or<int64_t>("num_hidden_layers", 64, kDimension);
+    m.layers = config.get_or<int64_t>("num_hidden_layers", 64, kLayers);
     m.h = config.get_or<int64_t>("num_heads", 128, kDimension);
     m.p = config.get_or<int64_t>("head_dim", 64, kDimension);
     m.g = config.get_or<int64_t>("n_groups", 8, kDimension);
     m.n = config.get_or<int64_t>("state_size", 128, kDimension);
     m.k = config.get_or<int64_t>("conv_kernel", 4, between(2, 64));
     config.require_divides("n_groups", m.g, "num_heads", m.h);
+    require_group_width(config, "state_size", m);
     const auto expand = config.get_or<double>("expand", 2.0, between(0.01, 64));
     if (std::llround(expand * static_cast<double>(m.e)) != m.d()) {
         config.reject(
@@ -74,14 +81,14 @@ Config read_mamba_ssm(const ConfigReader& config) {
     c.eos = {0};  // the gpt-neox-20b tokenizer's <|endoftext|>, with which these models were trained
     m.e = shared.e;
     m.layers = shared.layers;
-    const auto d =
-        static_cast<int64_t>(s.get_or<double>("expand", 2.0, between(0.01, 64)) * static_cast<double>(m.e));
+    const int64_t d = inner_width(s, m.e);
     m.p = s.get_or<int64_t>("headdim", 64, kDimension);
     s.require_divides("headdim", m.p, "expand * d_model", d);
     m.h = d / m.p;
     m.g = m.norm_groups = s.get_or<int64_t>("ngroups", 1, kDimension);
     s.require_divides("ngroups", m.g, "number of heads", m.h);
     m.n = s.get_or<int64_t>("d_state", 128, kDimension);
+    require_group_width(s, "d_state", m);
     m.k = s.get_or<int64_t>("d_conv", 4, between(2, 64));
     c.chunk = s.get_or<int64_t>("chunk_size", 256, kDimension);
     m.projection_bias = s.get_or("bias", false);

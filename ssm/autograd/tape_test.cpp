@@ -1,0 +1,247 @@
+// The tape: order, slices, shared and re-used gradients; and every differentiable function of the table
+// against central differences of itself in f64.
+#include "ssm/autograd/tape.h"
+
+#include <gtest/gtest.h>
+
+#include "ssm/autograd/derivatives.h"
+#include "tests/support/gradcheck.h"
+#include "tests/support/temp_folder.h"
+
+namespace ssm::test {
+namespace {
+
+std::vector<float> values(const Tensor& t) {
+    const Tensor dense = t.dense() ? t : t.clone();
+    return {dense.data<const float>(), dense.data<const float>() + dense.size()};
+}
+
+Var variable(const Shape& shape, uint64_t seed, float low = -1, float high = 1) {
+    return Var(Tensor::from_floats(shape, Random(seed).vector(element_count(shape), low, high)), true);
+}
+
+// The seed of the backward pass: the gradient of the result is `g`.
+void backward_from(const Exec& ex, Tape& tape, const Var& y, const std::vector<float>& g) {
+    y.add_grad(ex, Tensor::from_floats(y.value().shape(), g));
+    tape.backward();
+}
+
+TEST(Tape, RunsBackwardsOnceAndReleases) {
+    std::vector<int> order;
+    auto token = std::make_shared<int>(0);
+    Tape tape;
+    for (int i = 0; i < 3; ++i) tape.record([&order, i, token] { order.push_back(i); });
+    EXPECT_EQ(tape.size(), 3u);
+    EXPECT_EQ(token.use_count(), 4);
+    tape.backward();
+    EXPECT_EQ(order, (std::vector<int>{2, 1, 0}));
+    EXPECT_EQ(tape.size(), 0u);
+    EXPECT_EQ(token.use_count(), 1);  // what a closure held is gone
+    tape.backward();
+    EXPECT_EQ(order.size(), 3u);
+}
+
+TEST(Var, ColumnsAreAWindowOnValueAndGradient) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::from_floats({2, 5}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}), true);
+    const Var slice = x.columns(1, 4), inner = slice.columns(1, 3);  // columns 2 and 3 of x
+    EXPECT_TRUE(slice.requires_grad());
+    EXPECT_EQ(values(inner.value()), (std::vector<float>{2, 3, 7, 8}));
+    EXPECT_FALSE(inner.has_grad());
+    inner.add_grad(ex, Tensor::from_floats({2, 2}, {1, 2, 3, 4}));
+    slice.add_grad(ex, Tensor::from_floats({2, 3}, {10, 10, 10, 20, 20, 20}));
+    EXPECT_TRUE(x.has_grad() && slice.has_grad());
+    EXPECT_EQ(values(x.grad(ex)), (std::vector<float>{0, 10, 11, 12, 0, 0, 20, 23, 24, 0}));
+}
+
+TEST(Var, FirstGradientIsACopy) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x = variable({1, 3}, 1);
+    const Tensor g = Tensor::from_floats({1, 3}, {1, 2, 3});
+    x.add_grad(ex, g);
+    x.add_grad(ex, g);
+    EXPECT_EQ(values(x.grad(ex)), (std::vector<float>{2, 4, 6}));
+    EXPECT_EQ(values(g), (std::vector<float>{1, 2, 3}));
+    x.clear_grad();
+    EXPECT_FALSE(x.has_grad());
+}
+
+TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
+    const Exec ex = make_cpu_exec(1);
+    Tape tape;
+    const Var constant(Tensor::from_floats({1, 2}, {1, 2})), wanted = variable({1, 2}, 1);
+    Ctx ctx{.exec = ex, .tape = &tape};
+    EXPECT_FALSE(multiply(ctx, constant, constant).requires_grad());
+    EXPECT_EQ(tape.size(), 0u);
+    EXPECT_TRUE(multiply(ctx, constant, wanted).requires_grad());
+    EXPECT_EQ(tape.size(), 1u);
+    Ctx inference{.exec = ex};
+    EXPECT_FALSE(multiply(inference, constant, wanted).requires_grad());
+    tape.backward();
+    EXPECT_FALSE(constant.has_grad());
+}
+
+// sum(g * f(inputs)) differentiated by the tape against differences of the same in f32. `f` builds the graph.
+void expect_differentiates(const std::vector<Var>& inputs, const std::function<Var(Ctx&)>& f,
+                           CuSeqlens cu_seqlens = {}) {
+    const Exec ex = make_cpu_exec(2);
+    Tape tape;
+    Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
+    const Var y = f(ctx);
+    const auto g = Random(99).vector(y.value().size());
+    const auto loss = [&] {
+        Ctx inference{.exec = ex, .cu_seqlens = cu_seqlens};
+        const auto out = values(f(inference).value());
+        double sum = 0;
+        for (size_t i = 0; i < out.size(); ++i)
+            sum += static_cast<double>(out[i]) * static_cast<double>(g[i]);
+        return sum;
+    };
+    for (const Var& x : inputs) {
+        const Tensor grad = x.grad(ex);
+        for (int64_t i = 0; i < grad.size(); ++i) grad.data<float>()[i] = kGradientStart;
+    }
+    backward_from(ex, tape, y, g);
+    for (size_t n = 0; n < inputs.size(); ++n) {
+        std::vector<double> expected;
+        for (int64_t i = 0; i < inputs[n].value().size(); ++i) {
+            float& x = inputs[n].value().data<float>()[i];
+            const float keep = x, step = 1.0f / 128;
+            x = keep + step;
+            const double up = loss();
+            x = keep - step;
+            const double down = loss();
+            x = keep;
+            expected.push_back((up - down) / (2 * static_cast<double>(step)));
+        }
+        // f32 and a wide step: three digits. That is enough for wiring; the operators' own tests are sharp.
+        expect_close(added(values(inputs[n].grad(ex))), expected, 2e-3, std::to_string(n).c_str());
+    }
+}
+
+TEST(Derivatives, Elementwise) {
+    const Var a = variable({3, 5}, 1), b = variable({3, 5}, 2);
+    expect_differentiates({a, b}, [&](Ctx& c) { return add(c, a, b); });
+    expect_differentiates({a, b}, [&](Ctx& c) { return multiply(c, a, b); });
+    expect_differentiates({a}, [&](Ctx& c) { return silu(c, a); });
+    expect_differentiates({a}, [&](Ctx& c) { return softplus(c, a); });
+    expect_differentiates({a}, [&](Ctx& c) { return neg_exp(c, a); });
+    const Var vector = variable({7}, 3);
+    expect_differentiates({vector}, [&](Ctx& c) { return neg_exp(c, vector); });
+}
+
+// A value used twice gets both gradients; also when both uses are the same function.
+TEST(Derivatives, FanOut) {
+    const Var a = variable({2, 3}, 1);
+    expect_differentiates({a}, [&](Ctx& c) { return multiply(c, a, a); });
+    expect_differentiates({a}, [&](Ctx& c) { return add(c, silu(c, a), multiply(c, a, softplus(c, a))); });
+    const Var wide = variable({2, 6}, 2);
+    expect_differentiates({wide},
+                          [&](Ctx& c) { return multiply(c, wide.columns(0, 3), wide.columns(3, 6)); });
+    expect_differentiates({wide},
+                          [&](Ctx& c) { return multiply(c, wide.columns(0, 4), wide.columns(2, 6)); });
+}
+
+TEST(Derivatives, LinearAndEmbedding) {
+    const Var x = variable({4, 3}, 1), weight = variable({5, 3}, 2), bias = variable({5}, 3);
+    expect_differentiates({x, weight, bias}, [&](Ctx& c) { return linear(c, x, weight, bias); });
+    expect_differentiates({x, weight}, [&](Ctx& c) { return linear(c, x, weight, Var()); });
+    const std::vector<int32_t> ids{2, 0, 2, 4};
+    expect_differentiates({weight}, [&](Ctx& c) { return embedding(c, {ids.data(), {4}}, weight); });
+}
+
+TEST(Derivatives, Norms) {
+    using Gate = RmsNormOptions::Gate;
+    const Var x = variable({3, 6}, 1), z = variable({3, 6}, 2), w = variable({6}, 3, 0.5f, 1.5f);
+    expect_differentiates({x, w}, [&](Ctx& c) { return rms_norm(c, x, w, Var(), {}, DType::f32); });
+    expect_differentiates({x}, [&](Ctx& c) { return rms_norm(c, x, Var(), Var(), {}, DType::f32); });
+    for (const Gate gate : {Gate::before, Gate::after}) {
+        const RmsNormOptions options{.groups = 2, .gate = gate};
+        expect_differentiates({x, w, z}, [&](Ctx& c) { return rms_norm(c, x, w, z, options, DType::f32); });
+    }
+}
+
+// The residual stream: read by the norm, passed on, and read again by the next block.
+TEST(Derivatives, ResidualStream) {
+    const Var x = variable({3, 4}, 1), w = variable({4}, 2, 0.5f, 1.5f);
+    expect_differentiates({x, w}, [&](Ctx& c) {
+        // Inference adds in place; the start must not be changed by it.
+        Normed s{c.tape != nullptr ? x : Var(x.value().clone()), {}};
+        Var y;
+        for (int block = 0; block < 3; ++block) {
+            s = add_rms_norm(c, s.residual, y, w, {}, DType::f32);
+            y = silu(c, s.y);
+        }
+        return add_rms_norm(c, s.residual, y, w, {}, DType::f32).y;
+    });
+    expect_differentiates({x, w}, [&](Ctx& c) {
+        const Normed s =
+            add_rms_norm(c, c.tape != nullptr ? x : Var(x.value().clone()), silu(c, x), w, {}, DType::f32);
+        return multiply(c, s.residual, s.y);
+    });
+}
+
+TEST(Derivatives, Convolution) {
+    const int64_t cu_seqlens[] = {0, 1, 4, 9};
+    const Var x = variable({9, 6}, 1), weight = variable({3, 1, 4}, 2), bias = variable({3}, 3);
+    expect_differentiates(
+        {x, weight, bias},
+        [&](Ctx& c) { return causal_conv1d(c, x.columns(2, 5), weight, bias, Activation::silu, nullptr); },
+        cu_seqlens);
+    expect_differentiates(
+        {x, weight},
+        [&](Ctx& c) { return causal_conv1d(c, x.columns(0, 3), weight, Var(), Activation::none, nullptr); },
+        cu_seqlens);
+}
+
+TEST(Derivatives, CrossEntropy) {
+    const Exec ex = make_cpu_exec(1);
+    const Var hidden = variable({4, 3}, 1), weight = variable({5, 3}, 2);
+    const std::vector<int32_t> targets{1, -1, 4, 0}, none{-1, -1, -1, -1};
+    // Its gradient is made in the forward pass; of the mean over three targets, times the scale.
+    for (const float scale : {1.0f, 0.5f}) {
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape}, inference{.exec = ex};
+        hidden.clear_grad();
+        const Var loss = linear_cross_entropy(ctx, hidden, weight, {targets.data(), {4}}, scale);
+        tape.backward();
+        const float value =
+            linear_cross_entropy(inference, hidden, weight, {targets.data(), {4}}).value().item();
+        EXPECT_NEAR(loss.value().item(), value, 1e-5);
+        std::vector<double> expected;
+        for (int64_t i = 0; i < 12; ++i) {
+            float& x = hidden.value().data<float>()[i];
+            const float keep = x;
+            double difference = 0;
+            for (const float sign : {1.0f, -1.0f}) {
+                x = keep + sign / 64;
+                difference += static_cast<double>(
+                    sign *
+                    linear_cross_entropy(inference, hidden, weight, {targets.data(), {4}}).value().item());
+            }
+            x = keep;
+            expected.push_back(static_cast<double>(scale) * difference * 32);
+        }
+        expect_close(values(hidden.grad(ex)), expected, 2e-3, "hidden");
+    }
+    Ctx ctx{.exec = ex};
+    EXPECT_EQ(error_of([&] {
+                  linear_cross_entropy(ctx, hidden, weight, {none.data(), {4}});
+              }),
+              "[cross_entropy] every one of the 4 targets is ignored");
+}
+
+// A state is carried in inference only: its gradient would be lost.
+TEST(Derivatives, StateNeedsInference) {
+    const Exec ex = make_cpu_exec(1);
+    Tape tape;
+    const int64_t cu_seqlens[] = {0, 4};
+    Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
+    Tensor state = Tensor::zeros({1, 3, 3});
+    const Var x = variable({4, 3}, 1), weight = variable({3, 1, 4}, 2);
+    EXPECT_EQ(error_of([&] { causal_conv1d(ctx, x, weight, Var(), Activation::silu, &state); }),
+              "[causal_conv1d] a carried state is for inference, without a tape");
+}
+
+}  // namespace
+}  // namespace ssm::test
