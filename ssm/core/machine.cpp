@@ -8,7 +8,6 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ssm/core/machine.cpp"
-#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
@@ -16,19 +15,26 @@ HWY_BEFORE_NAMESPACE();
 namespace ssm::machine_detail::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// A sum that depends on every element, so that no load can be left out.
-float ReadAll(const float* p, int64_t count) {
+// A sum that depends on every element, so that no load can be left out. The memory is read as `Streams` runs
+// side by side. `count` must be a multiple of Streams vectors.
+template <int Streams>
+float ReadStreams(const float* p, int64_t count) {
     const hn::ScalableTag<float> d;
     const auto n = static_cast<int64_t>(hn::Lanes(d));
-    auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
-    for (int64_t i = 0; i + 4 * n <= count; i += 4 * n) {
-        hwy::Prefetch(p + i + 1024);
-        s0 = hn::Add(s0, hn::Load(d, p + i));
-        s1 = hn::Add(s1, hn::Load(d, p + i + n));
-        s2 = hn::Add(s2, hn::Load(d, p + i + 2 * n));
-        s3 = hn::Add(s3, hn::Load(d, p + i + 3 * n));
+    const int64_t length = count / Streams;
+    hn::Vec<decltype(d)> sums[Streams];
+    for (auto& s : sums) s = hn::Zero(d);
+    for (int64_t i = 0; i < length; i += n) {
+        for (int s = 0; s < Streams; ++s) sums[s] = hn::Add(sums[s], hn::Load(d, p + s * length + i));
     }
-    return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3))));
+    for (int s = 1; s < Streams; ++s) sums[0] = hn::Add(sums[0], sums[s]);
+    return hn::GetLane(hn::SumOfLanes(d, sums[0]));
+}
+
+float ReadAll(const float* p, int64_t count, int pattern) {
+    if (pattern == 0) return ReadStreams<1>(p, count);
+    if (pattern == 1) return ReadStreams<4>(p, count);
+    return ReadStreams<8>(p, count);
 }
 
 }  // namespace ssm::machine_detail::HWY_NAMESPACE
@@ -38,13 +44,15 @@ HWY_AFTER_NAMESPACE();
 namespace ssm {
 namespace machine_detail {
 HWY_EXPORT(ReadAll);
-float read_all(const float* p, int64_t count) { return HWY_DYNAMIC_DISPATCH(ReadAll)(p, count); }
+float read_all(const float* p, int64_t count, int pattern) {
+    return HWY_DYNAMIC_DISPATCH(ReadAll)(p, count, pattern);
+}
 }  // namespace machine_detail
 
 double measure_read_bandwidth(const Exec& ex) {
     using Clock = std::chrono::steady_clock;
     constexpr int64_t kCount = int64_t{64} << 20, kPiece = int64_t{1} << 20;  // floats: 256 MiB, 4 MiB
-    constexpr int kPasses = 12;
+    constexpr int kPasses = 15;
     struct Buffer {
         std::byte* data = allocate_aligned(kCount * sizeof(float));
         ~Buffer() { free_aligned(data, kCount * sizeof(float)); }
@@ -59,7 +67,7 @@ double measure_read_bandwidth(const Exec& ex) {
     for (int pass = 0; pass < kPasses; ++pass) {
         const auto start = Clock::now();
         parallel_for(ex, kCount, kPiece, [&](int64_t begin, int64_t end) {
-            sink = machine_detail::read_all(p + begin, end - begin);
+            sink = machine_detail::read_all(p + begin, end - begin, pass % 3);
         });
         const std::chrono::duration<double> seconds = Clock::now() - start;
         best = std::max(best, static_cast<double>(kCount) * sizeof(float) / seconds.count());

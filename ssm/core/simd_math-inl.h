@@ -17,20 +17,31 @@ HWY_BEFORE_NAMESPACE();
 namespace ssm::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+// 1.5 * 2^23: x + kRound rounds x to the nearest integer n and has n in its low bits (|x| < 2^22). Cheaper
+// than a conversion, which has to care for overflow: four instructions fewer on AVX-512.
+inline constexpr float kRound = 12582912.0f;
+
+// p * 2^n where `rounded` = n + kRound: n is added to the exponent of p.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V ScaleByPowerOf2(D d, V p, V rounded) {
+    const hn::RebindToSigned<D> di;
+    return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, rounded))));
+}
+
 // 2^t for t in [-126, 127], t already in base 2: 2^n * 2^f, n = round(t), f in [-1/2, 1/2].
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Exp2Fast(D d, V t) {
-    const hn::RebindToSigned<D> di;
+    const V round = hn::Set(d, kRound);
     t = hn::Max(t, hn::Set(d, -126.0f));
-    const V n = hn::Round(t);
-    const V f = hn::Sub(t, n);
+    const V rounded = hn::Add(t, round);
+    const V f = hn::Sub(t, hn::Sub(rounded, round));
     V p = hn::Set(d, 0.001326472707f);
     p = hn::MulAdd(p, f, hn::Set(d, 0.009671512649f));
     p = hn::MulAdd(p, f, hn::Set(d, 0.055507337437f));
     p = hn::MulAdd(p, f, hn::Set(d, 0.240222420852f));
     p = hn::MulAdd(p, f, hn::Set(d, 0.693146977599f));
     p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
-    return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::ConvertTo(di, n))));
+    return ScaleByPowerOf2(d, p, rounded);
 }
 
 template <class D, class V = hn::Vec<D>>
@@ -40,9 +51,9 @@ HWY_INLINE V ExpFast(D d, V x) {
 
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V Exp(D d, V x) {
-    const hn::RebindToSigned<D> di;
     x = hn::Min(hn::Max(x, hn::Set(d, -87.0f)), hn::Set(d, 88.0f));
-    const V n = hn::Round(hn::Mul(x, hn::Set(d, 1.442695041f)));
+    const V rounded = hn::MulAdd(x, hn::Set(d, 1.442695041f), hn::Set(d, kRound));
+    const V n = hn::Sub(rounded, hn::Set(d, kRound));
     // r = x - n ln 2 in two parts, |r| <= ln2 / 2
     V r = hn::NegMulAdd(n, hn::Set(d, 0.693145751953125f), x);
     r = hn::NegMulAdd(n, hn::Set(d, 1.428606765330187e-06f), r);
@@ -54,7 +65,7 @@ HWY_INLINE V Exp(D d, V x) {
     p = hn::MulAdd(p, f, hn::Set(d, 0.2402264791362f));
     p = hn::MulAdd(p, f, hn::Set(d, 0.6931472028551f));
     p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
-    return hn::BitCast(d, hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::ConvertTo(di, n))));
+    return ScaleByPowerOf2(d, p, rounded);
 }
 
 // 1 / (1 + e^-x)

@@ -2,12 +2,11 @@
 
 #include <zstd.h>
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 #include <memory>
+#include <string_view>
 
 #include "ssm/core/error.h"
+#include "ssm/io/mapped_file.h"
 
 namespace ssm::tokenizer {
 
@@ -15,7 +14,7 @@ namespace {
 
 constexpr size_t kMaxSize = size_t{1} << 30;
 
-std::string decompress(const std::string& packed, const std::string& name) {
+std::string decompress(std::string_view packed, const std::string& name) {
     const std::unique_ptr<ZSTD_DStream, size_t (*)(ZSTD_DStream*)> stream(ZSTD_createDStream(),
                                                                           ZSTD_freeDStream);
     std::string out, block(ZSTD_DStreamOutSize(), '\0');
@@ -39,24 +38,12 @@ std::string decompress(const std::string& packed, const std::string& name) {
 }  // namespace
 
 std::string read_file(const std::filesystem::path& path) {
-    const std::string name = path.string();
-    std::error_code error;
-    if (std::filesystem::is_directory(path, error)) fail(ErrorCode::io, "tokenizer", "{}: is a folder", name);
-    errno = 0;
-    std::ifstream in(path, std::ios::binary);
-    if (!in) fail(ErrorCode::io, "tokenizer", "{}: {}", name, std::strerror(errno != 0 ? errno : EIO));
-    const auto size = std::filesystem::file_size(path, error);
-    if (!error && size > kMaxSize)
-        fail(ErrorCode::bad_file, "tokenizer", "{}: larger than {} bytes", name, kMaxSize);
-    std::string data;
-    std::string block(1 << 20, '\0');
-    while (in.read(block.data(), static_cast<std::streamsize>(block.size())) || in.gcount() > 0) {
-        data.append(block, 0, static_cast<size_t>(in.gcount()));
-        if (data.size() > kMaxSize)
-            fail(ErrorCode::bad_file, "tokenizer", "{}: larger than {} bytes", name, kMaxSize);
-    }
-    if (in.bad()) fail(ErrorCode::io, "tokenizer", "{}: reading failed", name);
-    return path.extension() == ".zst" ? decompress(data, name) : data;
+    const auto file = MappedFile::open(path);
+    const std::string_view bytes = file->text();
+    if (path.extension() == ".zst") return decompress(bytes, path.string());
+    if (bytes.size() > kMaxSize)
+        fail(ErrorCode::bad_file, "tokenizer", "{}: larger than {} bytes", path.string(), kMaxSize);
+    return std::string(bytes);
 }
 
 }  // namespace ssm::tokenizer

@@ -21,7 +21,7 @@ namespace {
 using namespace tokenizer;
 
 // Working memory of one encode call.
-struct Scratch {
+struct EncodeScratch {
     RegexScratch regex;
     BpeScratch bpe;
     WordCache raw, mapped;  // pieces read as bytes, and as characters
@@ -30,21 +30,21 @@ struct Scratch {
 // Scratches that wait for the next call: as many as calls ran at once, so threads share nothing.
 class ScratchPool {
 public:
-    std::unique_ptr<Scratch> take() {
+    std::unique_ptr<EncodeScratch> take() {
         const std::lock_guard lock(mutex_);
-        if (free_.empty()) return std::make_unique<Scratch>();
+        if (free_.empty()) return std::make_unique<EncodeScratch>();
         auto scratch = std::move(free_.back());
         free_.pop_back();
         return scratch;
     }
-    void put(std::unique_ptr<Scratch> scratch) {
+    void put(std::unique_ptr<EncodeScratch> scratch) {
         const std::lock_guard lock(mutex_);
         free_.push_back(std::move(scratch));
     }
 
 private:
     std::mutex mutex_;
-    std::vector<std::unique_ptr<Scratch>> free_;
+    std::vector<std::unique_ptr<EncodeScratch>> free_;
 };
 
 class Lease {
@@ -53,11 +53,11 @@ public:
     ~Lease() { pool_.put(std::move(scratch_)); }
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
-    Scratch& operator*() const { return *scratch_; }
+    EncodeScratch& operator*() const { return *scratch_; }
 
 private:
     ScratchPool& pool_;
-    std::unique_ptr<Scratch> scratch_;
+    std::unique_ptr<EncodeScratch> scratch_;
 };
 
 }  // namespace
@@ -71,9 +71,10 @@ struct Tokenizer::Impl {
           post(document, added.size()),
           decoder(field(document.rest, "decoder")) {}
 
-    void encode_piece(std::string_view piece, bool raw_bytes, Scratch& scratch,
+    void encode_piece(std::string_view piece, bool raw_bytes, EncodeScratch& scratch,
                       std::vector<int32_t>& ids) const;
-    void encode_text(std::string_view text, bool at_start, Scratch& scratch, std::vector<int32_t>& ids) const;
+    void encode_text(std::string_view text, bool at_start, EncodeScratch& scratch,
+                     std::vector<int32_t>& ids) const;
     // Feeds the token of `id`; an id without one feeds nothing.
     void decode_one(int32_t id, bool skip_special, DecoderState& state) const;
 
@@ -86,7 +87,7 @@ struct Tokenizer::Impl {
     mutable ScratchPool pool;
 };
 
-void Tokenizer::Impl::encode_piece(std::string_view piece, bool raw_bytes, Scratch& scratch,
+void Tokenizer::Impl::encode_piece(std::string_view piece, bool raw_bytes, EncodeScratch& scratch,
                                    std::vector<int32_t>& ids) const {
     if (piece.size() > WordCache::kMaxPiece) return model.encode(piece, raw_bytes, scratch.bpe, ids);
     WordCache& cache = raw_bytes ? scratch.raw : scratch.mapped;
@@ -101,7 +102,7 @@ void Tokenizer::Impl::encode_piece(std::string_view piece, bool raw_bytes, Scrat
 }
 
 // Text between the added tokens that are not normalized.
-void Tokenizer::Impl::encode_text(std::string_view text, bool at_start, Scratch& scratch,
+void Tokenizer::Impl::encode_text(std::string_view text, bool at_start, EncodeScratch& scratch,
                                   std::vector<int32_t>& ids) const {
     std::string normalized;
     if (!normalizer.empty()) text = normalized = normalizer.apply(text, scratch.regex);

@@ -6,7 +6,7 @@
 //
 // Source     Loshchilov & Hutter 2019, algorithm 2 with the decay scaled by lr (as PyTorch's AdamW).
 // Shapes     param, grad, m, v: [count] f32.   step counts from 1.
-// Numerics   rel. error of one step <= 1e-6. Cost: 28 bytes per parameter, bandwidth bound.
+// Numerics   rel. L2 error of one step <= 1e-6. Cost: 28 bytes per parameter, bandwidth bound.
 #pragma once
 
 #include "ssm/core/exec.h"

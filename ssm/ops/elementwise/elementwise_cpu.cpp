@@ -29,9 +29,8 @@ using VF = hn::Vec<DF>;
 template <class X, class Y, class F>
 HWY_INLINE void Map(int64_t n, const X* x, Y* y, const F& f) {
     const DF d;
-    ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR {
-        Store(d, f(Load(d, x + i, lanes)), y + i, lanes);
-    });
+    ForEachVector(d, n,
+                  [&](int64_t i, auto lanes) HWY_ATTR { Store(d, f(Load(d, x + i, lanes)), y + i, lanes); });
 }
 
 // y[i] = f(y[i], a[i], b[i])
@@ -52,8 +51,7 @@ void UnaryRun(Unary f, int64_t n, const float* x, float* y) {
         case Unary::neg_exp:
             return Map(n, x, y, [d](VF v) HWY_ATTR { return KeepNan(v, hn::Neg(Exp(d, v))); });
         case Unary::silu: return Map(n, x, y, [d](VF v) HWY_ATTR { return Silu(d, v); });
-        case Unary::softplus:
-            return Map(n, x, y, [d](VF v) HWY_ATTR { return KeepNan(v, Softplus(d, v)); });
+        case Unary::softplus: return Map(n, x, y, [d](VF v) HWY_ATTR { return KeepNan(v, Softplus(d, v)); });
     }
 }
 
@@ -146,7 +144,8 @@ void for_each_run(const Exec& ex, const Run& run, const V&... views) {
 
 void unary(const Exec& ex, Unary f, View<const float, 2> x, View<float, 2> y) {
     const auto kernel = HWY_DYNAMIC_DISPATCH(UnaryRun);
-    for_each_run(ex, [&](int64_t n, const float* a, float* b) { kernel(f, n, a, b); }, x, y);
+    for_each_run(
+        ex, [&](int64_t n, const float* a, float* b) { kernel(f, n, a, b); }, x, y);
 }
 
 void unary_backward(const Exec& ex, Unary f, View<const float, 2> x_or_y, View<const float, 2> grad_y,
@@ -169,13 +168,15 @@ void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float
 
 void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale) {
     const auto kernel = HWY_DYNAMIC_DISPATCH(AccumulateRun);
-    for_each_run(ex, [&](int64_t n, const float* a, float* b) { kernel(n, a, b, scale); }, x, y);
+    for_each_run(
+        ex, [&](int64_t n, const float* a, float* b) { kernel(n, a, b, scale); }, x, y);
 }
 
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y) {
     if constexpr (std::is_same_v<X, Y>) {
-        for_each_run(ex, [](int64_t n, const X* a, Y* b) { std::copy_n(a, n, b); }, x, y);
+        for_each_run(
+            ex, [](int64_t n, const X* a, Y* b) { std::copy_n(a, n, b); }, x, y);
     } else if constexpr (std::is_same_v<X, float>) {
         for_each_run(ex, HWY_DYNAMIC_DISPATCH(CastDownRun), x, y);
     } else {

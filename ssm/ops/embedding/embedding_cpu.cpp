@@ -23,9 +23,8 @@ using DF = hn::ScalableTag<float>;
 template <class X, class Y>
 HWY_INLINE void CopyRow(int64_t n, const X* x, Y* y) {
     const DF d;
-    ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR {
-        Store(d, Load(d, x + i, lanes), y + i, lanes);
-    });
+    ForEachVector(d, n,
+                  [&](int64_t i, auto lanes) HWY_ATTR { Store(d, Load(d, x + i, lanes), y + i, lanes); });
 }
 void CopyRowDown(int64_t n, const float* x, bf16* y) { CopyRow(n, x, y); }
 void CopyRowUp(int64_t n, const bf16* x, float* y) { CopyRow(n, x, y); }
@@ -56,9 +55,12 @@ constexpr int64_t kGrainColumns = 64;
 
 template <class W, class Y>
 auto copy_kernel() {
-    if constexpr (std::is_same_v<W, Y>) return [](int64_t n, const W* x, Y* y) { std::copy_n(x, n, y); };
-    else if constexpr (std::is_same_v<W, float>) return HWY_DYNAMIC_DISPATCH(CopyRowDown);
-    else return HWY_DYNAMIC_DISPATCH(CopyRowUp);
+    if constexpr (std::is_same_v<W, Y>)
+        return [](int64_t n, const W* x, Y* y) { std::copy_n(x, n, y); };
+    else if constexpr (std::is_same_v<W, float>)
+        return HWY_DYNAMIC_DISPATCH(CopyRowDown);
+    else
+        return HWY_DYNAMIC_DISPATCH(CopyRowUp);
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ void run(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float
 void linear_any(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
                 const Tensor& y, PackedWeight::State* packed) {
     check_linear(x, weight, bias, y);
-    if (x.dim(0) <= kFewRows) {
+    if (x.dim(0) <= (build::has_onednn && packed != nullptr ? kFewRowsPacked : kFewRowsPlain)) {
         if (y.size() == 0) return;
         return few_rows(ex, {.t = x.dim(0),
                              .i = x.dim(1),

@@ -115,18 +115,41 @@ void AddColumnSums(const Exec& ex, int64_t rows, int64_t columns, const float* a
 
 // --- few rows -----------------------------------------------------------------------------------------
 //
-// x is prepared as f32 in the order in which the weights arrive: for an f32 weight as it is; for a bf16
-// weight per 2N columns first the N even ones, then the N odd ones, since one vector load of 2N bf16
-// gives them by one shift and one mask. Rows end in zeros, up to a whole step.
+// x is prepared as f32 in the order in which the weights arrive. One vector load of 2N bf16 weights gives
+// the N even ones by a shift and the N odd ones by a mask, so per 2N columns x has the N even ones first,
+// then the N odd ones. The columns after the last whole 2N (for f32: all) are in order; rows end in zeros, up
+// to a multiple of N.
 
-template <class W>
-constexpr int64_t VectorsPerStep() {
-    return sizeof(W) == 2 ? 2 : 1;
+template <class X>
+HWY_INLINE VF LoadOne(DF d, const X* x) {
+    if constexpr (sizeof(X) == 4) {
+        return hn::LoadU(d, x);
+    } else {
+        return FromBf16(d, hn::LoadU(DU16(), reinterpret_cast<const uint16_t*>(x)));
+    }
+}
+
+template <class X>
+HWY_INLINE void PrepareRowForBf16(int64_t columns, int64_t padded, const X* x, float* out) {
+    const DF d;
+    const auto n = static_cast<int64_t>(hn::Lanes(d));
+    int64_t c = 0;
+    for (; c + 2 * n <= columns; c += 2 * n) {
+        const VF a = FromBf16(d, ToBf16(LoadOne(d, x + c))), b = FromBf16(d, ToBf16(LoadOne(d, x + c + n)));
+#if HWY_TARGET == HWY_SCALAR
+        hn::StoreU(a, d, out + c);
+        hn::StoreU(b, d, out + c + n);
+#else
+        hn::StoreU(hn::ConcatEven(d, b, a), d, out + c);
+        hn::StoreU(hn::ConcatOdd(d, b, a), d, out + c + n);
+#endif
+    }
+    for (; c < columns; ++c) out[c] = static_cast<float>(bf16(static_cast<float>(x[c])));
+    std::fill(out + columns, out + padded, 0.0f);
 }
 
 template <class W>
 void PrepareX(const FewRows& a, int64_t padded, float* out) {
-    const auto n = static_cast<int64_t>(hn::Lanes(DF()));
     dispatch_activation(a.x.dtype, "linear", [&]<class X>() {
         for (int64_t t = 0; t < a.t; ++t, out += padded) {
             const X* x = static_cast<const X*>(a.x.data) + t * a.x.stride;
@@ -134,23 +157,20 @@ void PrepareX(const FewRows& a, int64_t padded, float* out) {
                 ConvertRow(a.i, x, out);
                 std::fill(out + a.i, out + padded, 0.0f);
             } else {
-                for (int64_t c = 0; c < padded; ++c) {
-                    const int64_t to = c / (2 * n) * (2 * n) + (c % 2) * n + c % (2 * n) / 2;
-                    out[to] = c < a.i ? static_cast<float>(bf16(static_cast<float>(x[c]))) : 0.0f;
-                }
+                PrepareRowForBf16(a.i, padded, x, out);
             }
         }
     });
 }
 
-// acc[r][t] += weights[r][step] . x[t][step] for one step of 1 (f32) or 2 (bf16) vectors.
-template <int R, int T>
-HWY_INLINE void Step(DF d, const float* const* w, int64_t at, const float* x, int64_t padded,
-                     VF (&acc)[R][T]) {
+// acc[r][t] += w[r][at..at+N) . x[t][c..c+N), in order.
+template <int R, int T, class W>
+HWY_INLINE void StepInOrder(DF d, const W* const* w, int64_t at, const float* x, int64_t padded,
+                            VF (&acc)[R][T]) {
     VF weight[R];
-    for (int r = 0; r < R; ++r) weight[r] = hn::LoadU(d, w[r] + at);
+    for (int r = 0; r < R; ++r) weight[r] = LoadOne(d, w[r] + at);
     for (int t = 0; t < T; ++t) {
-        const VF xv = hn::LoadU(d, x + t * padded + at);
+        const VF xv = hn::LoadU(d, x + t * padded);
         for (int r = 0; r < R; ++r) acc[r][t] = hn::MulAdd(weight[r], xv, acc[r][t]);
     }
 }
@@ -167,9 +187,10 @@ HWY_INLINE VU LoadPairs(const bf16* p) {
 #endif
 }
 
+// The same for 2N columns in the order even, odd.
 template <int R, int T>
-HWY_INLINE void Step(DF d, const bf16* const* w, int64_t at, const float* x, int64_t padded,
-                     VF (&acc)[R][T]) {
+HWY_INLINE void StepPairs(DF d, const bf16* const* w, int64_t at, const float* x, int64_t padded,
+                          VF (&acc)[R][T]) {
     const DU du;
     const auto n = static_cast<int64_t>(hn::Lanes(d));
     VF even[R], odd[R];
@@ -179,8 +200,8 @@ HWY_INLINE void Step(DF d, const bf16* const* w, int64_t at, const float* x, int
         odd[r] = hn::BitCast(d, hn::And(pair, hn::Set(du, 0xffff0000u)));
     }
     for (int t = 0; t < T; ++t) {
-        const VF x_even = hn::LoadU(d, x + t * padded + at);
-        const VF x_odd = hn::LoadU(d, x + t * padded + at + n);
+        const VF x_even = hn::LoadU(d, x + t * padded);
+        const VF x_odd = hn::LoadU(d, x + t * padded + n);
         for (int r = 0; r < R; ++r) {
             acc[r][t] = hn::MulAdd(even[r], x_even, acc[r][t]);
             acc[r][t] = hn::MulAdd(odd[r], x_odd, acc[r][t]);
@@ -188,79 +209,125 @@ HWY_INLINE void Step(DF d, const bf16* const* w, int64_t at, const float* x, int
     }
 }
 
-// sums[r * kXRows + t] = w[r] . x[t] for R rows of the weight and T of x.
+// sums[0..4) = the sums of a, b, c and e over their lanes: a transposition costs less than four reductions.
+HWY_INLINE void SumFour(VF a, VF b, VF c, VF e, float* sums) {
+#if HWY_TARGET == HWY_SCALAR
+    sums[0] = hn::GetLane(a);
+    sums[1] = hn::GetLane(b);
+    sums[2] = hn::GetLane(c);
+    sums[3] = hn::GetLane(e);
+#else
+    const DF d;
+    const hn::Repartition<double, DF> wide;
+    const auto as_wide = [&](VF v) { return hn::BitCast(wide, v); };
+    const VF ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+    const VF ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+    const VF lower = hn::BitCast(d, hn::InterleaveLower(wide, as_wide(ab), as_wide(ce)));
+    const VF upper = hn::BitCast(d, hn::InterleaveUpper(wide, as_wide(ab), as_wide(ce)));
+    HWY_ALIGN float blocks[HWY_MAX_BYTES / sizeof(float)];
+    hn::Store(hn::Add(lower, upper), d, blocks);  // [a b c e] per 128-bit block
+    const hn::FixedTag<float, 4> d4;
+    auto total = hn::Load(d4, blocks);
+    for (size_t i = 4; i < hn::Lanes(d); i += 4) total = hn::Add(total, hn::Load(d4, blocks + i));
+    hn::StoreU(total, d4, sums);
+#endif
+}
+
+// sums[t * kWeightRows + r] = w[r] . x[t] for R rows of the weight and T of x.
 template <int R, int T, class W>
-HWY_INLINE void Dots(const W* weight, int64_t stride, int64_t columns, const float* x, int64_t padded,
+HWY_INLINE void Dots(const W* weight, int64_t apart, int64_t columns, const float* x, int64_t padded,
                      float* sums) {
     const DF d;
-    const int64_t step = static_cast<int64_t>(hn::Lanes(d)) * VectorsPerStep<W>();
+    const auto n = static_cast<int64_t>(hn::Lanes(d));
     const W* w[R];
-    for (int r = 0; r < R; ++r) w[r] = weight + r * stride;
+    for (int r = 0; r < R; ++r) w[r] = weight + r * apart;
     VF acc[R][T];
     for (int r = 0; r < R; ++r) {
         for (int t = 0; t < T; ++t) acc[r][t] = hn::Zero(d);
     }
     int64_t c = 0;
-    for (; c + step <= columns; c += step) Step<R, T>(d, w, c, x, padded, acc);
+    if constexpr (sizeof(W) == 2) {
+        for (; c + 2 * n <= columns; c += 2 * n) StepPairs<R, T>(d, w, c, x + c, padded, acc);
+    }
+    for (; c + n <= columns; c += n) StepInOrder<R, T>(d, w, c, x + c, padded, acc);
     if (c < columns) {  // the last columns, filled up with zeros
-        alignas(64) W tail[R][2 * HWY_MAX_BYTES / sizeof(float)] = {};
+        W tail[R][HWY_MAX_BYTES / sizeof(float)] = {};
         const W* last[R];
         for (int r = 0; r < R; ++r) {
             std::copy(w[r] + c, w[r] + columns, tail[r]);
             last[r] = tail[r];
         }
-        Step<R, T>(d, last, 0, x + c, padded, acc);
+        StepInOrder<R, T>(d, last, 0, x + c, padded, acc);
     }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) sums[r * kXRows + t] = hn::GetLane(hn::SumOfLanes(d, acc[r][t]));
+    for (int t = 0; t < T; ++t) {
+        float* s = sums + t * kWeightRows;
+        if constexpr (R == kWeightRows) {
+            SumFour(acc[0][t], acc[1][t], acc[2][t], acc[3][t], s);
+        } else {  // in the same order, so that a row's sum does not depend on where the block begins
+            const VF zero = hn::Zero(d);
+            SumFour(acc[0][t], zero, zero, zero, s);
+        }
     }
 }
 
+// Rows o, o + apart, ... of the weight: R of them.
+struct BlockAt {
+    int64_t o, apart;
+};
+
 template <class Y>
-HWY_INLINE void WriteBlock(const FewRows& a, int64_t o, int rows, int64_t t0, int t_count,
+HWY_INLINE void WriteBlock(const FewRows& a, BlockAt at, int rows, int64_t t0, int t_count,
                            const float* sums) {
     for (int t = 0; t < t_count; ++t) {
-        Y* y = static_cast<Y*>(a.y) + (t0 + t) * a.y_stride + o;
+        Y* y = static_cast<Y*>(a.y) + (t0 + t) * a.y_stride;
         for (int r = 0; r < rows; ++r) {
-            y[r] = static_cast<Y>(sums[r * kXRows + t] + (a.bias != nullptr ? a.bias[o + r] : 0.0f));
+            const int64_t o = at.o + r * at.apart;
+            y[o] = static_cast<Y>(sums[t * kWeightRows + r] + (a.bias != nullptr ? a.bias[o] : 0.0f));
         }
     }
 }
 
 template <int R, class W>
-HWY_INLINE void Block(const FewRows& a, int64_t o, const float* x, int64_t padded) {
-    const W* w = static_cast<const W*>(a.weight.data) + o * a.weight.stride;
-    float sums[R * kXRows];
+HWY_INLINE void Block(const FewRows& a, BlockAt at, const float* x, int64_t padded) {
+    const W* w = static_cast<const W*>(a.weight.data) + at.o * a.weight.stride;
+    const int64_t apart = at.apart * a.weight.stride;
+    float sums[kXRows * kWeightRows];
     for (int64_t t = 0; t < a.t; t += kXRows) {
         const int count = static_cast<int>(std::min<int64_t>(kXRows, a.t - t));
         const float* xt = x + t * padded;
         if (count == 1) {
-            Dots<R, 1>(w, a.weight.stride, a.i, xt, padded, sums);
+            Dots<R, 1>(w, apart, a.i, xt, padded, sums);
         } else if (count == 2) {
-            Dots<R, 2>(w, a.weight.stride, a.i, xt, padded, sums);
+            Dots<R, 2>(w, apart, a.i, xt, padded, sums);
         } else if (count == 3) {
-            Dots<R, (kXRows >= 3 ? 3 : 1)>(w, a.weight.stride, a.i, xt, padded, sums);
+            Dots<R, (kXRows >= 3 ? 3 : 1)>(w, apart, a.i, xt, padded, sums);
         } else {
-            Dots<R, (kXRows >= 4 ? 4 : 1)>(w, a.weight.stride, a.i, xt, padded, sums);
+            Dots<R, (kXRows >= 4 ? 4 : 1)>(w, apart, a.i, xt, padded, sums);
         }
         if (a.y_dtype == DType::f32) {
-            WriteBlock<float>(a, o, R, t, count, sums);
+            WriteBlock<float>(a, at, R, t, count, sums);
         } else {
-            WriteBlock<bf16>(a, o, R, t, count, sums);
+            WriteBlock<bf16>(a, at, R, t, count, sums);
         }
     }
 }
 
+// A thread reads its rows as kWeightRows long streams, a quarter of them each: the hardware's prefetchers
+// follow a stream, and would have to find it again for every row of a block of neighbours.
 template <class W>
 void Rows(const Exec& ex, const FewRows& a) {
-    const int64_t step = static_cast<int64_t>(hn::Lanes(DF())) * VectorsPerStep<W>();
-    const int64_t padded = (a.i + step - 1) / step * step;
+    const auto n = static_cast<int64_t>(hn::Lanes(DF()));
+    const int64_t padded = (a.i + n - 1) / n * n;
     const Scratch<float> x(ex, static_cast<size_t>(a.t * padded));
     PrepareX<W>(a, padded, x.data());
     parallel_for(ex, a.o, kWeightRows, [&](int64_t begin, int64_t end) {
-        int64_t o = begin;
-        for (; o + kWeightRows <= end; o += kWeightRows) Block<kWeightRows, W>(a, o, x.data(), padded);
-        for (; o < end; ++o) Block<1, W>(a, o, x.data(), padded);
+        const int64_t quarter = (end - begin) / kWeightRows;
+        for (int64_t o = begin; o < begin + quarter; ++o) {
+            Block<kWeightRows, W>(a, {o, quarter}, x.data(), padded);
+        }
+        for (int64_t o = begin + kWeightRows * quarter; o < end; ++o) {
+            Block<1, W>(a, {o, 0}, x.data(), padded);
+        }
     });
 }
 

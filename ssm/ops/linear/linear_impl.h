@@ -66,8 +66,9 @@ struct FewRows {
     int64_t y_stride = 0;
 };
 void few_rows(const Exec& ex, const FewRows& args);
-// Up to this many rows few_rows is used (measured, README.md).
-inline constexpr int64_t kFewRows = 8;
+// Up to this many rows few_rows is used (measured, README.md): with a packed copy at hand, and without one,
+// where oneDNN would first have to reorder the weight.
+inline constexpr int64_t kFewRowsPacked = 3, kFewRowsPlain = 8;
 
 // to[r,c] = from[r,c] for f32 -> bf16 (round to nearest even), bf16 -> f32 and equal types.
 void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const Matrix& from, void* to, DType to_dtype,

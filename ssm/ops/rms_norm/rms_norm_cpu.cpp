@@ -135,7 +135,8 @@ struct BackwardGroup {
     float* kept_sigmoid;
 };
 
-// v^ and, kept in scratch for the second pass, v and sigmoid(z). Returns mean(grad_v^ v^); adds to grad_weight.
+// v^ and, kept in scratch for the second pass, v and sigmoid(z). Returns mean(grad_v^ v^); adds to
+// grad_weight.
 template <Gate kGate, class X, class Y>
 HWY_INLINE float BackwardReduce(const BackwardGroup<X, Y>& a) {
     const DF d;
@@ -192,7 +193,8 @@ HWY_INLINE void BackwardApply(const BackwardGroup<X, Y>& a, float mean) {
                 const VF v_hat = hn::Mul(x, rstd);
                 const VF grad_v = hn::Mul(rstd, hn::NegMulAdd(v_hat, means, hn::Mul(grad, gate)));
                 if (a.grad_x != nullptr) AddTo(a.grad_x + i, grad_v, lanes);
-                if (a.grad_z != nullptr) AddTo(a.grad_z + i, hn::Mul(hn::Mul(grad, v_hat), gate_slope), lanes);
+                if (a.grad_z != nullptr)
+                    AddTo(a.grad_z + i, hn::Mul(hn::Mul(grad, v_hat), gate_slope), lanes);
             }
         }
     });
@@ -234,16 +236,13 @@ HWY_INLINE void BackwardGated(const cpu::RmsNormBackwardCall<X, Y>& call, const 
 }
 
 // Highway dispatches plain functions, one for each pair of types.
-void ForwardF32F32(const cpu::RmsNormCall<float, float>& call, float* scratch, int64_t begin,
-                   int64_t end) {
+void ForwardF32F32(const cpu::RmsNormCall<float, float>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void ForwardF32Bf16(const cpu::RmsNormCall<float, bf16>& call, float* scratch, int64_t begin,
-                    int64_t end) {
+void ForwardF32Bf16(const cpu::RmsNormCall<float, bf16>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void ForwardBf16Bf16(const cpu::RmsNormCall<bf16, bf16>& call, float* scratch, int64_t begin,
-                     int64_t end) {
+void ForwardBf16Bf16(const cpu::RmsNormCall<bf16, bf16>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
 void BackwardF32F32(const cpu::RmsNormBackwardCall<float, float>& call, const float* weight,
@@ -282,15 +281,21 @@ constexpr int64_t kMinBlockRows = 32, kMaxBlocks = 128;
 
 template <class X, class Y>
 auto forward_kernel() {
-    if constexpr (std::is_same_v<X, bf16>) return HWY_DYNAMIC_DISPATCH(ForwardBf16Bf16);
-    else if constexpr (std::is_same_v<Y, bf16>) return HWY_DYNAMIC_DISPATCH(ForwardF32Bf16);
-    else return HWY_DYNAMIC_DISPATCH(ForwardF32F32);
+    if constexpr (std::is_same_v<X, bf16>)
+        return HWY_DYNAMIC_DISPATCH(ForwardBf16Bf16);
+    else if constexpr (std::is_same_v<Y, bf16>)
+        return HWY_DYNAMIC_DISPATCH(ForwardF32Bf16);
+    else
+        return HWY_DYNAMIC_DISPATCH(ForwardF32F32);
 }
 template <class X, class Y>
 auto backward_kernel() {
-    if constexpr (std::is_same_v<X, bf16>) return HWY_DYNAMIC_DISPATCH(BackwardBf16Bf16);
-    else if constexpr (std::is_same_v<Y, bf16>) return HWY_DYNAMIC_DISPATCH(BackwardF32Bf16);
-    else return HWY_DYNAMIC_DISPATCH(BackwardF32F32);
+    if constexpr (std::is_same_v<X, bf16>)
+        return HWY_DYNAMIC_DISPATCH(BackwardBf16Bf16);
+    else if constexpr (std::is_same_v<Y, bf16>)
+        return HWY_DYNAMIC_DISPATCH(BackwardF32Bf16);
+    else
+        return HWY_DYNAMIC_DISPATCH(BackwardF32F32);
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -8,49 +8,18 @@
 
 #include "ssm/core/dtype.h"
 #include "tests/support/compare.h"
+#include "tests/support/expect_error.h"
 #include "tests/support/gradcheck.h"
+#include "tests/support/strided.h"
 #include "tests/support/targets.h"
 
 namespace ssm {
 namespace {
 
 using Gate = RmsNormOptions::Gate;
+using test::expect_error;
 using test::Random;
-
-// A matrix inside a wider one, at an odd offset: rows are strided and misaligned. Gaps hold `gap`.
-template <class T>
-struct Strided {
-    int64_t t, d, stride, offset;
-    std::vector<T> storage;
-
-    Strided(int64_t rows, int64_t width, float gap, bool strided = true)
-        : t(rows),
-          d(width),
-          stride(strided ? width + 3 : width),
-          offset(strided ? 1 : 0),
-          storage(static_cast<size_t>(rows * stride + offset + 1), static_cast<T>(gap)) {}
-    T* row(int64_t i) { return storage.data() + offset + i * stride; }
-    View<T, 2> view() { return {storage.data() + offset, {t, d}, stride}; }
-    std::vector<T> values() {
-        std::vector<T> v;
-        for (int64_t i = 0; i < t; ++i) v.insert(v.end(), row(i), row(i) + d);
-        return v;
-    }
-    void assign(const std::vector<float>& v) {
-        for (int64_t i = 0; i < t * d; ++i) row(i / d)[i % d] = static_cast<T>(v[static_cast<size_t>(i)]);
-    }
-    // True when every element outside the rows is still `gap`.
-    bool gaps_untouched(float gap) {
-        std::vector<bool> inside(storage.size(), false);
-        for (int64_t i = 0; i < t * d; ++i) {
-            inside[static_cast<size_t>(offset + i / d * stride + i % d)] = true;
-        }
-        for (size_t i = 0; i < storage.size(); ++i) {
-            if (!inside[i] && static_cast<float>(storage[i]) != gap) return false;
-        }
-        return true;
-    }
-};
+using test::Strided;
 
 struct Case {
     int64_t t, d;
@@ -238,8 +207,7 @@ TEST(RmsNorm, StepsFoldToSequence) {
     RmsNormInputs<float, float> in = data.inputs();
     rms_norm(ex, in, whole.view(), {}, c.options);
     for (int64_t i = 0; i < c.t; ++i) {
-        const RmsNormInputs<float, float> one{
-            {in.x.row(i), {1, c.d}}, in.weight, {in.z.row(i), {1, c.d}}};
+        const RmsNormInputs<float, float> one{{in.x.row(i), {1, c.d}}, in.weight, {in.z.row(i), {1, c.d}}};
         rms_norm(ex, one, View<float, 2>{steps.row(i), {1, c.d}}, {}, c.options);
     }
     EXPECT_EQ(whole.storage, steps.storage);
@@ -291,7 +259,8 @@ TEST(RmsNorm, GradientsMatchFiniteDifferences) {
         for (const Gate gate : {Gate::none, Gate::before, Gate::after}) {
             for (const bool weighted : {true, false}) {
                 for (const int64_t groups : {1, 3}) {
-                    const Case c{5, 51, {.groups = groups, .unit_offset = groups == 3, .gate = gate}, weighted};
+                    const Case c{
+                        5, 51, {.groups = groups, .unit_offset = groups == 3, .gate = gate}, weighted};
                     check_gradients<float, float>(c, 1e-5);
                     check_gradients<float, bf16>(c, 1e-5);
                     check_gradients<bf16, bf16>(c, 1e-5);
@@ -329,17 +298,6 @@ TEST(RmsNorm, WeightGradientSumsEveryRowAndDoesNotDependOnThreads) {
     }
 }
 
-template <class F>
-void expect_error(const char* message, F&& f) {
-    try {
-        f();
-        FAIL() << "no error: " << message;
-    } catch (const Error& e) {
-        EXPECT_STREQ(e.what(), message);
-        EXPECT_EQ(e.code(), ErrorCode::invalid_argument);
-    }
-}
-
 TEST(RmsNorm, Errors) {
     const Exec ex = make_cpu_exec(1);
     std::vector<float> x(12), y(12), w(12);
@@ -348,24 +306,29 @@ TEST(RmsNorm, Errors) {
     const auto run = [&](RmsNormInputs<float, float> in, View<float, 2> out, RmsNormOptions o) {
         rms_norm<float, float>(ex, in, out, {}, o);
     };
-    expect_error("[rms_norm] `y` must be [t d] = [2, 6] but is [3, 4]",
-                 [&] { run({xv, {}, {}}, {y.data(), {3, 4}}, {}); });
+    expect_error("[rms_norm] `y` must be [t d] = [2, 6] but is [3, 4]", [&] {
+        run({xv, {}, {}}, {y.data(), {3, 4}}, {});
+    });
     expect_error("[rms_norm] `y` must be [t d] = [2, 6] but is absent", [&] { run({xv, {}, {}}, {}, {}); });
-    expect_error("[rms_norm] `weight` must be [d] = [6] but is [5]",
-                 [&] { run({xv, {w.data(), {5}}, {}}, yv, {}); });
-    expect_error("[rms_norm] groups = 4 does not divide d = 6", [&] { run({xv, {}, {}}, yv, {.groups = 4}); });
+    expect_error("[rms_norm] `weight` must be [d] = [6] but is [5]", [&] {
+        run({xv, {w.data(), {5}}, {}}, yv, {});
+    });
+    expect_error("[rms_norm] groups = 4 does not divide d = 6", [&] {
+        run({xv, {}, {}}, yv, {.groups = 4});
+    });
     expect_error("[rms_norm] eps must be >= 0 but is -1", [&] { run({xv, {}, {}}, yv, {.eps = -1.0f}); });
-    expect_error("[rms_norm] `z` is absent but there is a gate",
-                 [&] { run({xv, {}, {}}, yv, {.gate = Gate::after}); });
+    expect_error("[rms_norm] `z` is absent but there is a gate", [&] {
+        run({xv, {}, {}}, yv, {.gate = Gate::after});
+    });
     expect_error("[rms_norm] `z` is given but there is no gate", [&] { run({xv, {}, xv}, yv, {}); });
     expect_error("[add_rms_norm] `residual` must be [t d] = [2, 6] but is [1, 6]", [&] {
         add_rms_norm<float, float>(ex, {x.data(), {1, 6}}, xv, {}, yv, yv, {});
     });
-    expect_error("[add_rms_norm] a gate is not supported", [&] {
-        add_rms_norm<float, float>(ex, xv, xv, {}, yv, yv, {}, {.gate = Gate::after});
+    expect_error("[add_rms_norm] a gate is not supported",
+                 [&] { add_rms_norm<float, float>(ex, xv, xv, {}, yv, yv, {}, {.gate = Gate::after}); });
+    expect_error("[rms_norm_backward] `rstd` must be [t groups] = [2, 1] but is absent", [&] {
+        rms_norm_backward<float, float>(ex, {xv, {}, {}}, {}, xv, {});
     });
-    expect_error("[rms_norm_backward] `rstd` must be [t groups] = [2, 1] but is absent",
-                 [&] { rms_norm_backward<float, float>(ex, {xv, {}, {}}, {}, xv, {}); });
     expect_error("[rms_norm_backward] `grad.weight` is given but `weight` is absent", [&] {
         rms_norm_backward<float, float>(ex, {xv, {}, {}}, {x.data(), {2, 1}}, xv, {{}, {w.data(), {6}}, {}});
     });

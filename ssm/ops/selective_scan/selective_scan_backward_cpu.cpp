@@ -35,19 +35,21 @@ struct GroupMemory {
     // A.
     float *A, *gh, *gA;
     float *gD, *gbias;  // [blocks L]
-    // Of one block and chunk, [q L]: log2(e) dt, its derivative, dt u, g, y before the gate, s, sum e A.
-    float *dt, *slope, *x, *g, *y, *s, *e;
+    // Of one block and chunk, [q L]: log2(e) dt, its derivative, sigmoid(z), dt u, g, y before the gate, s,
+    // sum e A.
+    float *dt, *slope, *gate, *x, *g, *y, *s, *e;
     float *A_bar, *h;  // of one piece of the states, [q piece L], [q+1 piece L]
     float *gB, *gC;    // of the group, [q n L]
 
     static int64_t size(int64_t n, int64_t q) {
-        return (3 * n + 2) * kGroup + (7 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
+        return (3 * n + 2) * kGroup + (8 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
     }
     GroupMemory(float* p, int64_t n, int64_t q) {
         auto take = [&p](int64_t count) { return std::exchange(p, p + count); };
         A = take(n * kGroup), gh = take(n * kGroup), gA = take(n * kGroup);
         gD = take(kGroup), gbias = take(kGroup);
-        dt = take(q * kLanes), slope = take(q * kLanes), x = take(q * kLanes), g = take(q * kLanes);
+        dt = take(q * kLanes), slope = take(q * kLanes);
+        gate = take(q * kLanes), x = take(q * kLanes), g = take(q * kLanes);
         y = take(q * kLanes), s = take(q * kLanes), e = take(q * kLanes);
         A_bar = take(q * kBackPiece * kLanes), h = take((q + 1) * kBackPiece * kLanes);
         gB = take(q * n * kLanes), gC = take(q * n * kLanes);
@@ -89,7 +91,11 @@ struct ChunkBackward {
             if (in.delta_softplus) dt = SoftplusWithSlope(dt, slope);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
             ScanVec g = Load(d, grad_y.row(t + i) + c, lanes);
-            if (in.z) g = hn::Mul(g, Silu(d, Load(d, in.z.row(t + i) + c, lanes)));
+            if (in.z) {
+                const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), gate = Sigmoid(d, z);
+                hn::Store(gate, d, memory.gate + at);
+                g = hn::Mul(g, hn::Mul(z, gate));
+            }
             hn::Store(slope, d, memory.slope + at);
             hn::Store(hn::Mul(dt, u), d, memory.x + at);
             hn::Store(hn::Mul(dt, hn::Set(d, kLog2e)), d, memory.dt + at);
@@ -136,29 +142,30 @@ struct ChunkBackward {
         const ScanTag d;
         const int64_t n = in.A.shape[1], own = (block * n + j) * kLanes;
         const float* A = memory.A + own;
-        ScanVec gh[kCount], gA[kCount];
+        ScanVec gh[kCount], gA[kCount], h[kCount];
         Unroll<kCount>([&](auto k) HWY_ATTR __attribute__((always_inline)) {
             gh[k] = hn::Load(d, memory.gh + own + k * kLanes);
             gA[k] = hn::Load(d, memory.gA + own + k * kLanes);
+            h[k] = hn::Load(d, memory.h + (count * kCount + k) * kLanes);
         });
         for (int64_t i = count - 1; i >= 0; --i) {
             const float *B = in.B.row(t + i) + j, *C = in.C.row(t + i) + j;
             const float *A_bar = memory.A_bar + i * kCount * kLanes, *before = memory.h + i * kCount * kLanes;
-            const float* after = before + kCount * kLanes;
             float *gB = memory.gB + (i * n + j) * kLanes, *gC = memory.gC + (i * n + j) * kLanes;
             const ScanVec dt = hn::Load(d, memory.dt + i * kLanes), x = hn::Load(d, memory.x + i * kLanes),
                           g = hn::Load(d, memory.g + i * kLanes);
             ScanVec s = hn::Load(d, memory.s + i * kLanes), e = hn::Load(d, memory.e + i * kLanes);
             Unroll<kCount>([&](auto k) HWY_ATTR __attribute__((always_inline)) {
-                const ScanVec zero = hn::Zero(d), h = hn::Load(d, after + k * kLanes);
+                const ScanVec zero = hn::Zero(d);
                 gh[k] = hn::MulAdd(g, hn::Set(d, C[k]), gh[k]);
                 const ScanVec gC_old = kFirst ? zero : hn::Load(d, gC + k * kLanes);
                 const ScanVec gB_old = kFirst ? zero : hn::Load(d, gB + k * kLanes);
-                hn::Store(hn::MulAdd(g, h, gC_old), d, gC + k * kLanes);
+                hn::Store(hn::MulAdd(g, h[k], gC_old), d, gC + k * kLanes);
                 hn::Store(hn::MulAdd(gh[k], x, gB_old), d, gB + k * kLanes);
                 s = hn::MulAdd(gh[k], hn::Set(d, B[k]), s);
                 gh[k] = hn::Mul(gh[k], hn::Load(d, A_bar + k * kLanes));
-                const ScanVec through = hn::Mul(gh[k], hn::Load(d, before + k * kLanes));
+                h[k] = hn::Load(d, before + k * kLanes);
+                const ScanVec through = hn::Mul(gh[k], h[k]);
                 gA[k] = hn::MulAdd(dt, through, gA[k]);
                 e = hn::MulAdd(through, hn::Load(d, A + k * kLanes), e);
             });
@@ -189,7 +196,10 @@ struct ChunkBackward {
             if (grad.u) AddTo(grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
             if (grad.delta) AddTo(grad.delta.row(t + i) + c, gdelta, lanes);
             if (grad.z) {
-                const ScanVec slope = SiluDerivative(d, Load(d, in.z.row(t + i) + c, lanes));
+                // silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
+                const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), one = hn::Set(d, 1.0f);
+                const ScanVec gate = hn::Load(d, memory.gate + at);
+                const ScanVec slope = hn::Mul(gate, hn::MulAdd(z, hn::Sub(one, gate), one));
                 const ScanVec gy = Load(d, grad_y.row(t + i) + c, lanes);
                 const ScanVec y = hn::Load(d, memory.y + at);
                 AddTo(grad.z.row(t + i) + c, hn::Mul(hn::Mul(gy, y), slope), lanes);
@@ -233,13 +243,20 @@ struct Backward {
 
     // Sums the lanes of the group's gB, gC over a chunk into its partial sums.
     void SumLanes(const GroupMemory& memory, int64_t group, int64_t begin, int64_t count) noexcept {
-        const ScanTag tag;
         float* B = partial_B + (group * t() + begin) * n();
         float* C = partial_C + (group * t() + begin) * n();
-        for (int64_t i = 0; i < count * n(); ++i) {
-            B[i] = hn::GetLane(hn::SumOfLanes(tag, hn::Load(tag, memory.gB + i * kLanes)));
-            C[i] = hn::GetLane(hn::SumOfLanes(tag, hn::Load(tag, memory.gC + i * kLanes)));
+        SumEach(memory.gB, count * n(), B);
+        SumEach(memory.gC, count * n(), C);
+    }
+    // sums[i] = sum of the lanes of vector i
+    static void SumEach(const float* vectors, int64_t count, float* sums) noexcept {
+        const ScanTag d;
+        auto v = [&](int64_t i) HWY_ATTR { return hn::Load(d, vectors + i * kLanes); };
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            StoreSums(d, v(i), v(i + 1), v(i + 2), v(i + 3), sums + i);
         }
+        for (; i < count; ++i) sums[i] = SumToFloat(d, v(i));
     }
 
     void RunSequence(const GroupMemory& memory, int64_t group, int64_t blocks, int64_t s) noexcept {
@@ -302,12 +319,15 @@ struct Backward {
     void AddPartials(const Exec& ex, const float* partial, int64_t groups, View<float, 2> rows) {
         if (!rows) return;
         parallel_for(ex, t(), 256, [&](int64_t begin, int64_t end) {
+            const ScanTag tag;
             for (int64_t i = begin; i < end; ++i) {
-                for (int64_t j = 0; j < n(); ++j) {
-                    float sum = 0;
-                    for (int64_t g = 0; g < groups; ++g) sum += partial[(g * t() + i) * n() + j];
-                    rows.row(i)[j] += sum;
-                }
+                ForEachVector(tag, n(), [&](int64_t j, auto lanes) HWY_ATTR {
+                    ScanVec sum = hn::Zero(tag);
+                    for (int64_t g = 0; g < groups; ++g) {
+                        sum = hn::Add(sum, Load(tag, partial + (g * t() + i) * n() + j, lanes));
+                    }
+                    AddTo(rows.row(i) + j, sum, lanes);
+                });
             }
         });
     }

@@ -272,6 +272,24 @@ void Sequence(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2> y, Vi
 
 constexpr int64_t kStepChannels = 64;
 
+// Advances the state of channel c of row s; C h is the sum of the lanes of the result.
+template <class D, class T>
+HWY_INLINE hn::Vec<D> AdvanceChannel(D d, const SelectiveScanInputs<T>& in, int64_t s, int64_t c, float dt,
+                                     float x, float* state) {
+    const int64_t n = in.A.shape[1], width = static_cast<int64_t>(hn::Lanes(d));
+    const float *A = in.A.row(c), *B = in.B.row(s), *C = in.C.row(s);
+    float* h = state + c * n;
+    auto sum = hn::Zero(d);
+    for (int64_t j = 0; j < n; j += width) {
+        const auto A_bar = Exp2Fast(d, hn::Mul(hn::Set(d, dt), hn::LoadU(d, A + j)));
+        const auto input = hn::Mul(hn::Set(d, x), hn::LoadU(d, B + j));
+        const auto next = hn::MulAdd(A_bar, hn::LoadU(d, h + j), input);
+        hn::StoreU(next, d, h + j);
+        sum = hn::MulAdd(next, hn::LoadU(d, C + j), sum);
+    }
+    return sum;
+}
+
 // Channels c .. c + count of row s; every row of n floats is a whole number of vectors of D.
 template <class D, class T>
 void StepChannels(D d, const SelectiveScanInputs<T>& in, float* state, View<T, 2> y, int64_t s, int64_t c,
@@ -287,25 +305,20 @@ void StepChannels(D d, const SelectiveScanInputs<T>& in, float* state, View<T, 2
         hn::Store(hn::Mul(v, u), wide, x + i);
         hn::Store(hn::Mul(LoadChannels(in.D, c + i, lanes), u), wide, out + i);
     });
-    const int64_t n = in.A.shape[1], width = static_cast<int64_t>(hn::Lanes(d));
-    const float *B = in.B.row(s), *C = in.C.row(s);
-    for (int64_t i = 0; i < count; ++i) {
-        const float* A = in.A.row(c + i);
-        float* h = state + (c + i) * n;
-        const auto dt_i = hn::Set(d, dt[i]), x_i = hn::Set(d, x[i]);
-        auto sum = hn::Zero(d);
-        for (int64_t j = 0; j < n; j += width) {
-            const auto A_bar = Exp2Fast(d, hn::Mul(dt_i, hn::LoadU(d, A + j)));
-            const auto next = hn::MulAdd(A_bar, hn::LoadU(d, h + j), hn::Mul(x_i, hn::LoadU(d, B + j)));
-            hn::StoreU(next, d, h + j);
-            sum = hn::MulAdd(next, hn::LoadU(d, C + j), sum);
-        }
-        out[i] += hn::GetLane(hn::SumOfLanes(d, sum));
+    // Advances channel c + k; the sum of the lanes is C h.
+    auto advance = [&](int64_t k) HWY_ATTR __attribute__((always_inline)) {
+        return AdvanceChannel(d, in, s, c + k, dt[k], x[k], state);
+    };
+    alignas(64) float read[kStepChannels];
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        StoreSums(d, advance(i), advance(i + 1), advance(i + 2), advance(i + 3), read + i);
     }
-    ForEachVector(wide, count, [&](int64_t i, auto lanes) HWY_ATTR {
-        ScanVec v = hn::Load(wide, out + i);
-        if (in.z) v = hn::Mul(v, Silu(wide, Load(wide, in.z.row(s) + c + i, lanes)));
-        Store(wide, v, y.row(s) + c + i, lanes);
+    for (; i < count; ++i) read[i] = SumToFloat(d, advance(i));
+    ForEachVector(wide, count, [&](int64_t k, auto lanes) HWY_ATTR {
+        ScanVec v = hn::Add(hn::Load(wide, out + k), Load(wide, read + k, lanes));
+        if (in.z) v = hn::Mul(v, Silu(wide, Load(wide, in.z.row(s) + c + k, lanes)));
+        Store(wide, v, y.row(s) + c + k, lanes);
     });
 }
 
@@ -313,8 +326,8 @@ template <class T>
 void Step(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> state, View<T, 2> y) {
     const int64_t d = in.u.shape[1], n = in.A.shape[1];
     const int64_t pieces = (d + kStepChannels - 1) / kStepChannels;
-    // Below 512 channels a second thread costs more than it saves.
-    parallel_for(ex, in.u.shape[0] * pieces, 8, [&](int64_t begin, int64_t end) {
+    // Below 256 channels another thread costs more than it saves.
+    parallel_for(ex, in.u.shape[0] * pieces, 4, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t s = unit / pieces, c = unit % pieces * kStepChannels;
             const int64_t count = std::min(kStepChannels, d - c);

@@ -75,6 +75,47 @@ inline void StoreBlock(const float* block, int64_t channels, int64_t n, float* r
     }
 }
 
+// The sum of all lanes.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE float SumToFloat(D d, V v) {
+    return hn::GetLane(hn::SumOfLanes(d, v));
+}
+
+// out[i] = the sum of the lanes of vi: four sums for the price of about one and a half.
+#if HWY_TARGET == HWY_SCALAR
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE void StoreSums(D d, V v0, V v1, V v2, V v3, float* out) {
+    out[0] = SumToFloat(d, v0), out[1] = SumToFloat(d, v1);
+    out[2] = SumToFloat(d, v2), out[3] = SumToFloat(d, v3);
+}
+#else
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V AddInterleaved(D d, V a, V b) {
+    return hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
+}
+// The sum of the 128-bit blocks of v.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE void StoreBlockSums(D d, V v, float* out) {
+    if constexpr (hn::MaxLanes(D()) > 4) {
+        const hn::Half<D> half;
+        StoreBlockSums(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)), out);
+    } else {
+        hn::StoreU(v, d, out);
+    }
+}
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE void StoreSums(D d, V v0, V v1, V v2, V v3, float* out) {
+    if constexpr (hn::MaxLanes(D()) == 1) {
+        out[0] = SumToFloat(d, v0), out[1] = SumToFloat(d, v1);
+        out[2] = SumToFloat(d, v2), out[3] = SumToFloat(d, v3);
+    } else {
+        // v0 + v2 and v1 + v3 interleaved, then the four sums, in every 128-bit block.
+        const V v02 = AddInterleaved(d, v0, v2), v13 = AddInterleaved(d, v1, v3);
+        StoreBlockSums(d, AddInterleaved(d, v02, v13), out);
+    }
+}
+#endif
+
 // An optional per-channel argument at channel c.
 template <class Lanes>
 HWY_INLINE ScanVec LoadChannels(View<const float, 1> v, int64_t c, Lanes lanes) {

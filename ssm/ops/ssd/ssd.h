@@ -43,7 +43,7 @@ struct SsdInputs {
 };
 
 struct SsdOptions {
-    int64_t chunk = 128;  // q; any value gives the same result within rounding
+    int64_t chunk = 64;  // q; any value gives the same result within rounding
 };
 
 // Number of saved states: sum over the sequences of ceil(length / chunk).

@@ -84,6 +84,16 @@ HWY_INLINE void write_y(const HeadRun<T>& run, const Chunk& chunk, const float* 
     }
 }
 
+// Asks for one head's rows of a chunk, a whole token apart: too far for the hardware to foresee.
+template <class T>
+HWY_INLINE void prefetch_rows(const View<const T, 3>& rows, const Chunk& chunk, int64_t head) {
+    const int64_t p = rows.shape[2], line = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < chunk.length; ++i) {
+        const T* const row = rows.row(chunk.begin + i) + head * p;
+        for (int64_t j = 0; j < p; j += line) __builtin_prefetch(row + j);
+    }
+}
+
 // One chunk of one head. `zero_state`: the state entering is zero and St is not read.
 template <class T>
 HWY_INLINE void chunk_forward(const HeadRun<T>& run, const Chunk& chunk, const GroupChunk& shared,
@@ -184,6 +194,7 @@ struct Forward {
             const GroupChunk group_chunk =
                 place_group_chunk(shared + ((c - first) * g + run.group) * group_chunk_floats(q, n), q, n);
             const bool update_state = c + 1 < end || !ends || final_state;
+            if (c + 1 < end) prefetch_rows(in.x, list.chunks[c + 1], head);
             chunk_forward(run, list.chunks[c], group_chunk, m, zero_state, update_state);
             zero_state = false;
         }
@@ -270,6 +281,7 @@ HWY_INLINE void step_rows(float a, const float* X, const T* B, const T* C, int64
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             float* const s = S + r * n + i;
+            __builtin_prefetch(s + 2 * kRows * n, 1);
             const FloatVec v = hn::MulAdd(hn::Set(d, X[r]), b, hn::Mul(decay_v, load_floats(s)));
             store_floats(v, s);
             sum[r] = hn::MulAdd(c, v, sum[r]);

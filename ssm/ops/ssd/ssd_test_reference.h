@@ -37,7 +37,8 @@ inline SsdValues<float> random_ssd(const SsdCase& c, uint64_t seed) {
     v.B = random.vector(c.t() * c.g * c.n);
     v.C = random.vector(c.t() * c.g * c.n);
     v.D = random.vector(c.h * c.D_width);
-    v.dt_bias = c.dt_bias ? random.vector(c.h, -1.0f, 0.0f) : std::vector<float>();
+    if (c.dt_bias)
+        v.dt_bias = c.dt_softplus ? random.vector(c.h, -1.0f, 0.0f) : random.vector(c.h, 0.0f, 0.3f);
     v.initial_state = c.initial_state ? random.vector(c.s() * c.h * c.p * c.n) : std::vector<float>();
     return v;
 }
