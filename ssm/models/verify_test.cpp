@@ -16,7 +16,7 @@ class VerifyFixture : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Models, VerifyFixture,
                          testing::Values("mamba", "mamba2", "falcon_mamba", "mamba_ssm_mamba1",
                                          "mamba_ssm_mamba2"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& param_info) { return std::string(param_info.param); });
 
 TEST_P(VerifyFixture, Passes) {
     const fs::path dir = golden_model(GetParam());

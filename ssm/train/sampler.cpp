@@ -48,7 +48,7 @@ uint64_t Permutation::operator()(uint64_t i) const {
     return i;
 }
 
-Sampler::Sampler(std::vector<WeightedFile> files, SamplerOptions options) : options_(options) {
+BatchSampler::BatchSampler(std::vector<WeightedFile> files, BatchSamplerOptions options) : options_(options) {
     require(options.length >= 1 && options.batch >= 1, "sampler", "length and batch must be at least 1");
     require(!files.empty(), "sampler", "no training data");
     const auto length = static_cast<uint64_t>(options.length);
@@ -79,14 +79,14 @@ Sampler::Sampler(std::vector<WeightedFile> files, SamplerOptions options) : opti
     }
 }
 
-void Sampler::seek(SamplerState state) {
+void BatchSampler::seek(SamplerState state) {
     require(state.position < epoch_size_, "sampler", "position {} is not in an epoch of {}", state.position,
             epoch_size_);
     state_ = state;
 }
 
 // The `visit`-th item that a file gives, over all epochs: passes over the file follow one another.
-Sampler::Range Sampler::item(const File& file, uint64_t visit) const {
+BatchSampler::Range BatchSampler::item(const File& file, uint64_t visit) const {
     const uint64_t pass = visit / file.items, in_pass = visit % file.items;
     const auto file_key = static_cast<uint64_t>(&file - files_.data());
     const uint64_t key = mix64(options_.seed ^ mix64(file_key + 1));
@@ -107,7 +107,7 @@ Sampler::Range Sampler::item(const File& file, uint64_t visit) const {
     return {&t, begin, std::min(options_.length, t.offset(document + 1) - begin)};
 }
 
-Sampler::Range Sampler::range(uint64_t position) const {
+BatchSampler::Range BatchSampler::range(uint64_t position) const {
     const uint64_t epoch_key = mix64(options_.seed + mix64(state_.epoch));
     uint64_t i = Permutation(epoch_size_, epoch_key)(position);
     size_t f = 0;
@@ -115,11 +115,11 @@ Sampler::Range Sampler::range(uint64_t position) const {
     return item(files_[f], state_.epoch * files_[f].per_epoch + i);
 }
 
-void Sampler::advance() {
+void BatchSampler::advance() {
     if (++state_.position == epoch_size_) state_ = {state_.epoch + 1, 0};
 }
 
-void Sampler::next(Batch& batch) {
+void BatchSampler::next(Batch& batch) {
     clear(batch);
     const int64_t budget = options_.batch * options_.length;
     for (;;) {

@@ -40,7 +40,7 @@ struct Batch {
     int64_t tokens() const { return static_cast<int64_t>(ids.size()); }
 };
 
-struct SamplerOptions {
+struct BatchSamplerOptions {
     int64_t length = 512, batch = 4;
     uint64_t seed = 0;
     bool packed = false;
@@ -51,10 +51,10 @@ struct SamplerState {
     bool operator==(const SamplerState&) const = default;
 };
 
-class Sampler {
+class BatchSampler {
 public:
     // Throws when a file has no window of `length` tokens.
-    Sampler(std::vector<WeightedFile> files, SamplerOptions options);
+    BatchSampler(std::vector<WeightedFile> files, BatchSamplerOptions options);
 
     void next(Batch& batch);
     SamplerState state() const { return state_; }
@@ -77,7 +77,7 @@ private:
     void advance();
 
     std::vector<File> files_;
-    SamplerOptions options_;
+    BatchSamplerOptions options_;
     SamplerState state_;
     uint64_t epoch_size_ = 0;
     int64_t epoch_tokens_ = 0;

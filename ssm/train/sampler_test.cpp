@@ -86,8 +86,8 @@ void expect_shifted(const Batch& b) {
 
 TEST_F(SamplerTest, WindowsVisitEverythingOncePerPass) {
     const int length = 7;
-    Sampler sampler({{file({50, 33, 8}, 1), 1.0}, {file({40}, 1000), 3.0}},
-                    {.length = length, .batch = 3, .seed = 5});
+    BatchSampler sampler({{file({50, 33, 8}, 1), 1.0}, {file({40}, 1000), 3.0}},
+                         {.length = length, .batch = 3, .seed = 5});
     // 94 tokens to predict + 1 first: 13 windows of 7; 41: 5 windows, three times.
     ASSERT_EQ(sampler.epoch_size(), 13u + 15u);
     std::map<int32_t, int> seen;
@@ -103,7 +103,7 @@ TEST_F(SamplerTest, WindowsVisitEverythingOncePerPass) {
 }
 
 TEST_F(SamplerTest, LongFilesShiftTheirCutsFromPassToPass) {
-    Sampler sampler({{file({999}), 1.0}}, {.length = 10, .batch = 1, .seed = 3});
+    BatchSampler sampler({{file({999}), 1.0}}, {.length = 10, .batch = 1, .seed = 3});
     ASSERT_EQ(sampler.epoch_size(), 99u);
     std::set<int> phases;
     Batch b;
@@ -124,7 +124,7 @@ TEST_F(SamplerTest, LongFilesShiftTheirCutsFromPassToPass) {
 }
 
 TEST_F(SamplerTest, HalfWeightSeesAnotherHalfEachEpoch) {
-    Sampler sampler({{file({101}), 0.5}}, {.length = 10, .batch = 1, .seed = 3});  // 10 windows
+    BatchSampler sampler({{file({101}), 0.5}}, {.length = 10, .batch = 1, .seed = 3});  // 10 windows
     ASSERT_EQ(sampler.epoch_size(), 5u);
     std::set<int32_t> seen;
     Batch b;
@@ -137,7 +137,7 @@ TEST_F(SamplerTest, HalfWeightSeesAnotherHalfEachEpoch) {
 
 TEST_F(SamplerTest, PackedDocumentsStayApart) {
     const std::vector<int> sizes{3, 20, 7, 1, 16, 15, 40};
-    Sampler sampler({{file(sizes), 1.0}}, {.length = 16, .batch = 2, .seed = 9, .packed = true});
+    BatchSampler sampler({{file(sizes), 1.0}}, {.length = 16, .batch = 2, .seed = 9, .packed = true});
     ASSERT_EQ(sampler.epoch_size(), 1u + 2 + 1 + 1 + 2 + 1 + 3);  // document and end, by 16
     std::set<int32_t> starts{0}, seen;
     int64_t ends = 0;
@@ -168,13 +168,13 @@ TEST_F(SamplerTest, PackedDocumentsStayApart) {
 TEST_F(SamplerTest, ResumesExactly) {
     for (const bool packed : {false, true}) {
         const auto make = [&] {
-            return Sampler({{file({50, 33, 8}, 1), 1.5}, {file({40, 90, 300}, 1000), 0.7}},
-                           {.length = 7, .batch = 3, .seed = 11, .packed = packed});
+            return BatchSampler({{file({50, 33, 8}, 1), 1.5}, {file({40, 90, 300}, 1000), 0.7}},
+                                {.length = 7, .batch = 3, .seed = 11, .packed = packed});
         };
-        Sampler a = make();
+        BatchSampler a = make();
         Batch x, y;
         for (int i = 0; i < 60; ++i) {
-            Sampler b = make();
+            BatchSampler b = make();
             b.seek(a.state());
             a.next(x);
             b.next(y);
@@ -189,7 +189,7 @@ TEST_F(SamplerTest, ResumesExactly) {
 
 TEST_F(SamplerTest, SeedsAndEpochsDiffer) {
     const TokenFile f = file({2000});
-    Sampler a({{f, 1.0}}, {.length = 10, .batch = 8, .seed = 1}),
+    BatchSampler a({{f, 1.0}}, {.length = 10, .batch = 8, .seed = 1}),
         b({{f, 1.0}}, {.length = 10, .batch = 8, .seed = 2});
     Batch x, y, z;
     a.next(x);
@@ -202,16 +202,16 @@ TEST_F(SamplerTest, SeedsAndEpochsDiffer) {
 
 TEST_F(SamplerTest, Errors) {
     EXPECT_EQ(error_of([&] {
-                  Sampler({{file({3}), 1.0}}, {.length = 7});
+                  BatchSampler({{file({3}), 1.0}}, {.length = 7});
               }),
               "[sampler] a file has 5 tokens, fewer than one window of 7");
     EXPECT_EQ(error_of([&] {
-                  Sampler({{file({30}), 0.0}}, {.length = 7});
+                  BatchSampler({{file({30}), 0.0}}, {.length = 7});
               }),
               "[sampler] weight 0 is not in (0, 1e6]");
-    EXPECT_EQ(error_of([&] { Sampler({}, {.length = 7}); }), "[sampler] no training data");
+    EXPECT_EQ(error_of([&] { BatchSampler({}, {.length = 7}); }), "[sampler] no training data");
     EXPECT_EQ(error_of([&] {
-                  Sampler({{file({30}), 1.0}}, {.length = 7}).seek({0, 9});
+                  BatchSampler({{file({30}), 1.0}}, {.length = 7}).seek({0, 9});
               }),
               "[sampler] position 9 is not in an epoch of 4");
 }

@@ -29,7 +29,7 @@ namespace ssm {
 
 struct TrainOptions {
     std::filesystem::path out;
-    SamplerOptions sampler;
+    BatchSamplerOptions sampler;
     int64_t accumulate = 1;
     // The end: the first of these that is reached; 0: no such limit.
     int64_t steps = 0, tokens = 0;
@@ -100,7 +100,7 @@ private:
     TrainOptions options_;
     RunFolder folder_;
     Optimizer optimizer_;
-    Sampler sampler_;
+    BatchSampler sampler_;
     std::unique_ptr<MetricsLog> metrics_;
     Progress progress_;
     std::vector<Batch> batches_;

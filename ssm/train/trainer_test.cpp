@@ -112,7 +112,7 @@ TEST_F(TrainerTest, AccumulationEqualsALargerBatch) {
         auto a = mamba(), b = mamba();
         TrainedLanguageModel one(exec_, *a), many(exec_, *b);
         const std::vector<WeightedFile> files{{train_, 1.0}};
-        Sampler sampler(files, {.length = 16, .batch = 4, .seed = 3, .packed = packed});
+        BatchSampler sampler(files, {.length = 16, .batch = 4, .seed = 3, .packed = packed});
         Batch whole;
         whole.cu_seqlens = {0};
         std::vector<Batch> parts(3);
