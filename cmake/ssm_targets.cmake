@@ -58,6 +58,7 @@ function(ssm_test file)
   add_executable(${name} ${file})
   target_link_libraries(${name} PRIVATE ssm::ssm ssm_options GTest::gtest_main nlohmann_json::nlohmann_json
                                         ${arg_LIBRARIES})
+  target_compile_definitions(${name} PRIVATE SSM_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
   if(arg_LABELS)
     gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES LABELS "${arg_LABELS}")
   else()

@@ -14,6 +14,8 @@
 #include "apps/ssm/commands/eval.h"
 #include "apps/ssm/commands/generate.h"
 #include "apps/ssm/commands/inspect.h"
+#include "apps/ssm/commands/tokenizer.h"
+#include "apps/ssm/commands/train.h"
 #include "apps/ssm/commands/verify.h"
 #include "ssm/core/error.h"
 
@@ -43,6 +45,8 @@ int main(int argc, char** argv) {
     ssm::cli::add_generate(app);
     ssm::cli::add_eval(app);
     ssm::cli::add_verify(app);
+    ssm::cli::add_train(app);
+    ssm::cli::add_tokenizer(app);
     ssm::cli::add_inspect(app);
     ssm::cli::add_convert(app);
     ssm::cli::add_bench(app);

@@ -88,9 +88,9 @@ void verify_greedy(const Exec& ex, LanguageModel& model, const SafetensorsFile& 
     out.quantities.push_back({"greedy", differing, 0});
 }
 
-void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFile& expected,
-                      const std::vector<int32_t>& input_ids, std::span<const int64_t> cu_seqlens, int64_t l,
-                      const VerifyOptions& options, Verified& out) {
+// Loss and gradients of the mean next-token cross-entropy over sequences of length l; the model then has them.
+Tensor loss_and_gradients(const Exec& ex, LanguageModel& model, const std::vector<int32_t>& input_ids,
+                          std::span<const int64_t> cu_seqlens, int64_t l) {
     // Targets: the next id; none at a sequence's end.
     std::vector<int32_t> targets(input_ids.size(), -1);
     for (size_t i = 0; i + 1 < input_ids.size(); ++i) {
@@ -102,9 +102,15 @@ void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFil
     const auto t = static_cast<int64_t>(input_ids.size());
     const Var loss = model.loss(ctx, {input_ids.data(), {t}}, {targets.data(), {t}});
     tape.backward();
-    out.quantities.push_back({"loss",
-                              relative_l2(loss.value(), expected_tensor(expected, "loss", {}).reshape({1})),
-                              options.logits_tolerance});
+    return loss.value();
+}
+
+void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFile& expected,
+                      const std::vector<int32_t>& input_ids, std::span<const int64_t> cu_seqlens, int64_t l,
+                      const VerifyOptions& options, Verified& out) {
+    const Tensor loss = loss_and_gradients(ex, model, input_ids, cu_seqlens, l);
+    out.quantities.push_back(
+        {"loss", relative_l2(loss, expected_tensor(expected, "loss", {}).reshape({1})), options.logits_tolerance});
     std::set<std::string, std::less<>> compared;
     model.visit([&](const std::string& name, Parameter& p) {
         const std::string key = std::string(kGradient) + name;
@@ -147,6 +153,36 @@ Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const Ve
     verify_greedy(ex, *model, expected, input_ids, l, out);
     verify_gradients(ex, *model, expected, input_ids, cu_seqlens, l, options, out);
     return out;
+}
+
+void record_expectation(const Exec& ex, const std::filesystem::path& dir, uint64_t seed) {
+    constexpr int64_t kSequences = 2, kLength = 37, kPrompt = 5, kContinuation = 32;
+    const auto model = load_model(dir, DType::f32);
+    Random random(seed);
+    std::vector<int32_t> input_ids;
+    Tensor ids = Tensor::empty({kSequences, kLength}, DType::i64);
+    for (int64_t i = 0; i < ids.size(); ++i) {
+        input_ids.push_back(static_cast<int32_t>(random.next() % static_cast<uint64_t>(model->vocab())));
+        ids.data<int64_t>()[i] = input_ids.back();
+    }
+    const int64_t cu_seqlens[] = {0, kLength, 2 * kLength};
+    Ctx ctx{.exec = ex, .cu_seqlens = cu_seqlens};
+    const Var hidden = model->hidden(ctx, {input_ids.data(), {kSequences * kLength}}, nullptr);
+    std::vector<NamedTensor> tensors = {
+        {"input_ids", ids},
+        {"logits", model->logits(ctx, hidden.value()).reshape({kSequences, kLength, model->vocab()})}};
+    const auto continuation = greedy_continuation(ex, *model, {input_ids.data(), kPrompt}, kContinuation);
+    Tensor greedy = Tensor::empty({1, kPrompt + kContinuation}, DType::i64);
+    for (int64_t i = 0; i < greedy.size(); ++i) {
+        const auto at = static_cast<size_t>(i);
+        greedy.data<int64_t>()[i] = i < kPrompt ? input_ids[at] : continuation[at - kPrompt];
+    }
+    tensors.push_back({"greedy", greedy});
+    tensors.push_back({"loss", loss_and_gradients(ex, *model, input_ids, cu_seqlens, kLength).reshape({})});
+    model->visit([&](const std::string& name, Parameter& p) {
+        tensors.push_back({std::string(kGradient) + name, p.var.grad(ex)});
+    });
+    write_safetensors(dir / "expected.safetensors", tensors);
 }
 
 }  // namespace ssm

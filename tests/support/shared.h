@@ -7,10 +7,9 @@
 
 namespace ssm::test {
 
-// The root of this checkout.
-inline std::filesystem::path source_dir() {
-    return std::filesystem::path(__FILE__).parent_path().parent_path().parent_path();
-}
+// The root of this checkout. The build names it: __FILE__ may be relative (ccache's base_dir), and then
+// nothing is found from another working directory.
+inline std::filesystem::path source_dir() { return SSM_SOURCE_DIR; }
 
 // The environment variable SSM_SHARED or, unset, the folder `shared` beside the checkout. Empty when there
 // is no such folder: the test then skips itself.

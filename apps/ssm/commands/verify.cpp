@@ -12,12 +12,14 @@ namespace {
 struct Options {
     RunOptions run;
     std::string dir;
+    bool record = false;
 };
 
 void run(const Options& o) {
     VerifyOptions options{.dtype = o.run.type()};
     if (options.dtype == DType::bf16) options.logits_tolerance = 2e-2;
     const Exec ex = o.run.exec();
+    if (o.record) return record_expectation(ex, o.dir, 0);
     const Verified verified = verify_model(ex, o.dir, options);
     if (o.run.json) {
         nlohmann::ordered_json list = nlohmann::ordered_json::array();
@@ -48,6 +50,7 @@ void add_verify(CLI::App& app) {
     CLI::App* c =
         app.add_subcommand("verify", "Compare a checkpoint with the expected.safetensors beside it");
     c->add_option("dir", o->dir, "Model folder")->required();
+    c->add_flag("--record", o->record, "Write expected.safetensors with what this program computes, instead");
     o->run.add_to(*c);
     c->callback([o] { run(*o); });
 }

@@ -75,7 +75,9 @@ void PreTokenizer::read(const nlohmann::json& step) {
     } else if (type == "WhitespaceSplit") {
         add(CharacterClass::space, Behavior::removed);
     } else if (type == "Whitespace") {
-        add(Pattern(Regex("\\w+|[^\\w\\s]+")), Behavior::removed, true);
+        // The library uses another engine here, whose word characters include the joiners.
+        constexpr std::string_view words = "[\\w\\x{200C}\\x{200D}]+|[^\\w\\s\\x{200C}\\x{200D}]+";
+        add(Pattern(Regex(words)), Behavior::removed, true);
     } else if (type == "BertPreTokenizer") {
         add(CharacterClass::space, Behavior::removed);
         add(CharacterClass::punctuation, Behavior::isolated);

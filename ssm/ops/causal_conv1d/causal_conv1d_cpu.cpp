@@ -24,6 +24,7 @@ using Tag = hn::CappedTag<float, 16>;
 using Vec = hn::Vec<Tag>;
 constexpr int64_t kLanes = hn::MaxLanes(Tag());
 constexpr int64_t kTile = 64;       // tokens of a unit of work
+constexpr int64_t kBackTile = 16;   // tokens of a tile of the backward pass
 constexpr int64_t kFastWidth = 4;   // the convolution width of every released Mamba
 constexpr int64_t kFastTokens = 4;  // outputs made from the same loads
 
@@ -153,7 +154,17 @@ HWY_INLINE Vec Slope(Activation activation, Vec v) {
     return activation == Activation::silu ? SiluDerivative(Tag(), v) : hn::Set(Tag(), 1.0f);
 }
 
-// One block of channels through all sequences. With g = grad_y act'(y before act):
+// What a block of channels keeps from tile to tile.
+struct BlockMemory {
+    float *weight, *grad_weight, *grad_bias;  // [k L], [k L], [L]
+    float* g;  // [k-1+max(kBackTile, k-1) L]: of the k-1 positions before the tile, then of the tile
+
+    static int64_t size(int64_t k) { return (3 * k + std::max(kBackTile, k - 1)) * kLanes; }
+    BlockMemory(float* p, int64_t k)
+        : weight(p), grad_weight(p + k * kLanes), grad_bias(p + 2 * k * kLanes), g(grad_bias + kLanes) {}
+};
+
+// One block of channels and a tile of time. With g = grad_y act'(y before act):
 //   grad_x[p] = sum_j weight[j] g[p+k-1-j],   grad_weight[j] = sum_p g[p] x[p-k+1+j],   grad_bias = sum_p
 //   g[p]
 // kK is the width k where it is known at compile time, else 0.
@@ -165,11 +176,37 @@ struct BlockBackward {
     const CausalConv1dGradients& grad;
     int64_t c;
     Lanes lanes;
-    float *weight, *sums;  // [k L] each; sums: of the gradient of the weight
-    float* g;              // [k-1+kTile L]: g of the k-1 positions before the tile, then of the tile
-    Vec bias_sum = hn::Zero(Tag());
+    const BlockMemory& memory;
 
     int64_t k() const { return kK > 0 ? kK : rows.in.weight.shape[1]; }
+
+    // The same as Outputs for a width known at compile time: weights, sums and the last inputs in registers.
+    void OutputsFast(int64_t s, int64_t begin, int64_t end) noexcept {
+        constexpr size_t kWidth = kK > 0 ? kK : 1;
+        const Tag tag;
+        const Vec bias = BiasOr0(rows.in.bias, c, lanes);
+        Vec bias_sum = hn::Load(tag, memory.grad_bias);
+        Vec w[kWidth], sum[kWidth], x[kWidth];  // x[j] meets tap j
+        for (size_t j = 0; j < kWidth; ++j) {
+            w[j] = hn::Load(tag, memory.weight + j * kLanes);
+            sum[j] = hn::Load(tag, memory.grad_weight + j * kLanes);
+            if (j > 0) x[j] = Load(tag, rows.at(s, begin - kK + static_cast<int64_t>(j)) + c, lanes);
+        }
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t row = rows.in.cu_seqlens[s] + p;
+            for (size_t j = 0; j + 1 < kWidth; ++j) x[j] = x[j + 1];
+            x[kWidth - 1] = Load(tag, rows.in.x.row(row) + c, lanes);
+            Vec before = bias;
+            for (size_t j = 0; j < kWidth; ++j) before = hn::MulAdd(w[j], x[j], before);
+            const Vec slope = Slope(rows.in.activation, before);
+            const Vec out = hn::Mul(Load(tag, grad_y.row(row) + c, lanes), slope);
+            for (size_t j = 0; j < kWidth; ++j) sum[j] = hn::MulAdd(out, x[j], sum[j]);
+            bias_sum = hn::Add(bias_sum, out);
+            hn::Store(out, tag, memory.g + (k() - 1 + p - begin) * kLanes);
+        }
+        hn::Store(bias_sum, tag, memory.grad_bias);
+        for (size_t j = 0; j < kWidth; ++j) hn::Store(sum[j], tag, memory.grad_weight + j * kLanes);
+    }
 
     // g of positions begin .. end, and the sums over time.
     void Outputs(int64_t s, int64_t begin, int64_t end) noexcept {
@@ -180,17 +217,17 @@ struct BlockBackward {
             Vec before = bias;
             for (int64_t j = 0; j < k(); ++j) {
                 const Vec x = Load(tag, rows.at(s, p - k() + 1 + j) + c, lanes);
-                before = hn::MulAdd(hn::Load(tag, weight + j * kLanes), x, before);
+                before = hn::MulAdd(hn::Load(tag, memory.weight + j * kLanes), x, before);
             }
             const Vec slope = Slope(rows.in.activation, before);
             const Vec out = hn::Mul(Load(tag, grad_y.row(base + p) + c, lanes), slope);
             for (int64_t j = 0; j < k(); ++j) {
                 const Vec x = Load(tag, rows.at(s, p - k() + 1 + j) + c, lanes);
-                float* sum = sums + j * kLanes;
+                float* sum = memory.grad_weight + j * kLanes;
                 hn::Store(hn::MulAdd(out, x, hn::Load(tag, sum)), tag, sum);
             }
-            bias_sum = hn::Add(bias_sum, out);
-            hn::Store(out, tag, g + (k() - 1 + p - begin) * kLanes);
+            hn::Store(hn::Add(hn::Load(tag, memory.grad_bias), out), tag, memory.grad_bias);
+            hn::Store(out, tag, memory.g + (k() - 1 + p - begin) * kLanes);
         }
     }
 
@@ -209,24 +246,32 @@ struct BlockBackward {
             if (row == nullptr) continue;
             Vec sum = Load(tag, row + c, lanes);
             for (int64_t j = 0; j < k(); ++j) {
-                const Vec out = hn::Load(tag, g + (i + k() - 1 - j) * kLanes);
-                sum = hn::MulAdd(hn::Load(tag, weight + j * kLanes), out, sum);
+                const Vec out = hn::Load(tag, memory.g + (i + k() - 1 - j) * kLanes);
+                sum = hn::MulAdd(hn::Load(tag, memory.weight + j * kLanes), out, sum);
             }
             Store(tag, sum, row + c, lanes);
         }
     }
 
-    void RunSequence(int64_t s) noexcept {
+    // Tokens p .. p + count of sequence s; their g is known only now, so inputs lag by k-1.
+    void Tile(int64_t s, int64_t p, int64_t count) noexcept {
+        const int64_t history = (k() - 1) * kLanes;
+        if (p == 0) std::fill_n(memory.g, history, 0.0f);
+        if constexpr (kK > 0) {
+            OutputsFast(s, p, p + count);
+        } else {
+            Outputs(s, p, p + count);
+        }
+        Inputs(s, p - k() + 1, count);
+        std::memmove(memory.g, memory.g + count * kLanes, static_cast<size_t>(history) * sizeof(float));
+    }
+
+    // The last k-1 inputs of sequence s, which are also its final state.
+    void EndOfSequence(int64_t s) noexcept {
         const Tag tag;
         const int64_t length = rows.in.cu_seqlens[s + 1] - rows.in.cu_seqlens[s], history = k() - 1;
-        std::fill_n(g, history * kLanes, 0.0f);
-        for (int64_t p = 0; p < length; p += kTile) {
-            const int64_t count = std::min(kTile, length - p);
-            Outputs(s, p, p + count);
-            Inputs(s, p - history, count);
-            std::memmove(g, g + count * kLanes, static_cast<size_t>(history * kLanes) * sizeof(float));
-        }
-        std::fill_n(g + history * kLanes, history * kLanes, 0.0f);  // nothing after the end
+        if (length == 0) std::fill_n(memory.g, history * kLanes, 0.0f);
+        std::fill_n(memory.g + history * kLanes, history * kLanes, 0.0f);  // nothing after the end
         Inputs(s, length - history, history);
         for (int64_t i = 0; i < history && grad_final_state; ++i) {
             float* row = InputRow(s, length - history + i);
@@ -236,21 +281,18 @@ struct BlockBackward {
         }
     }
 
-    void Run() noexcept {
-        const Tag tag;
-        const int64_t d = rows.in.x.shape[1], channels = std::min(kLanes, d - c);
-        std::fill_n(weight, k() * kLanes, 0.0f);
-        std::fill_n(sums, k() * kLanes, 0.0f);
-        for (int64_t i = 0; i < channels; ++i) {
-            for (int64_t j = 0; j < k(); ++j) weight[j * kLanes + i] = rows.in.weight.row(c + i)[j];
+    void Begin() noexcept {
+        std::fill_n(memory.weight, BlockMemory::size(k()), 0.0f);
+        for (int64_t i = 0; i < std::min(kLanes, rows.in.x.shape[1] - c); ++i) {
+            for (int64_t j = 0; j < k(); ++j) memory.weight[j * kLanes + i] = rows.in.weight.row(c + i)[j];
         }
-        for (size_t s = 0; s + 1 < rows.in.cu_seqlens.size(); ++s) RunSequence(static_cast<int64_t>(s));
-        for (int64_t i = 0; i < channels && grad.weight; ++i) {
-            for (int64_t j = 0; j < k(); ++j) grad.weight.row(c + i)[j] += sums[j * kLanes + i];
-        }
-        if (grad.bias) {
-            float* bias = grad.bias.data + c;
-            Store(tag, hn::Add(Load(tag, bias, lanes), bias_sum), bias, lanes);
+    }
+    void End() noexcept {
+        for (int64_t i = 0; i < std::min(kLanes, rows.in.x.shape[1] - c); ++i) {
+            for (int64_t j = 0; j < k() && grad.weight; ++j) {
+                grad.weight.row(c + i)[j] += memory.grad_weight[j * kLanes + i];
+            }
+            if (grad.bias) grad.bias.data[c + i] += memory.grad_bias[i];
         }
     }
 };
@@ -260,25 +302,35 @@ void Gradients(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float
                View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
     const Rows<T> rows(in);
     const int64_t d = in.x.shape[1], k = in.weight.shape[1];
+    // Channels over threads; in each, tiles of time through all blocks, so that rows are read along.
     parallel_for(ex, (d + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
-        Scratch<float> scratch(ex, static_cast<size_t>((2 * k + std::max(kTile, k) + k) * kLanes));
-        float *weight = scratch.data(), *sums = weight + k * kLanes, *g = sums + k * kLanes;
-        for (int64_t c = begin * kLanes; c < std::min(end * kLanes, d); c += kLanes) {
-            auto run = [&]<int64_t kK>(std::integral_constant<int64_t, kK>, auto lanes) {
-                BlockBackward<T, kK, decltype(lanes)> work{
-                    rows, grad_y, grad_final_state, grad, c, lanes, weight, sums, g};
-                work.Run();
-            };
-            const std::integral_constant<int64_t, kFastWidth> fast;
-            const std::integral_constant<int64_t, 0> any;
-            if (c + kLanes > d) {
-                run(any, SomeLanes{d - c});
-            } else if (k == kFastWidth) {
-                run(fast, AllLanes{});
-            } else {
-                run(any, AllLanes{});
+        Scratch<float> scratch(ex, static_cast<size_t>((end - begin) * BlockMemory::size(k)));
+        auto for_each_block = [&](auto&& f) {
+            for (int64_t b = begin; b < end; ++b) {
+                const BlockMemory memory(scratch.data() + (b - begin) * BlockMemory::size(k), k);
+                auto run = [&]<int64_t kK>(std::integral_constant<int64_t, kK>, auto lanes) {
+                    f(BlockBackward<T, kK, decltype(lanes)>{rows, grad_y, grad_final_state, grad, b * kLanes,
+                                                            lanes, memory});
+                };
+                if ((b + 1) * kLanes > d) {
+                    run(std::integral_constant<int64_t, 0>(), SomeLanes{d - b * kLanes});
+                } else if (k == kFastWidth) {
+                    run(std::integral_constant<int64_t, kFastWidth>(), AllLanes{});
+                } else {
+                    run(std::integral_constant<int64_t, 0>(), AllLanes{});
+                }
             }
+        };
+        for_each_block([](auto block) { block.Begin(); });
+        for (size_t i = 0; i + 1 < in.cu_seqlens.size(); ++i) {
+            const int64_t s = static_cast<int64_t>(i), length = in.cu_seqlens[i + 1] - in.cu_seqlens[i];
+            for (int64_t p = 0; p < length; p += kBackTile) {
+                const int64_t count = std::min(kBackTile, length - p);
+                for_each_block([&](auto block) { block.Tile(s, p, count); });
+            }
+            for_each_block([&](auto block) { block.EndOfSequence(s); });
         }
+        for_each_block([](auto block) { block.End(); });
     });
 }
 

@@ -281,7 +281,6 @@ HWY_INLINE void step_rows(float a, const float* X, const T* B, const T* C, int64
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             float* const s = S + r * n + i;
-            __builtin_prefetch(s + 2 * kRows * n, 1);
             const FloatVec v = hn::MulAdd(hn::Set(d, X[r]), b, hn::Mul(decay_v, load_floats(s)));
             store_floats(v, s);
             sum[r] = hn::MulAdd(c, v, sum[r]);
