@@ -2,6 +2,7 @@
 // tested in whole models: ssm/models/<architecture>.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 
