@@ -32,7 +32,7 @@ def main():
     for name in files.stdout.split():
         source = layer(name)
         for number, line in enumerate(pathlib.Path(name).read_text().splitlines(), 1):
-            match = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
+            match = re.match(r'\s*#\s*include\s+["<]([^">]+)[">]', line)
             if not match:
                 continue
             target_path = match.group(1)

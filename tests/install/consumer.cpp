@@ -1,4 +1,4 @@
-// Builds a small Mamba from a config, draws its parameters and takes one step: through the installed headers only.
+// Builds a small Mamba, draws its parameters and takes one step: through the installed headers only.
 #include <cstdio>
 
 #include <ssm/models/registry.h>
