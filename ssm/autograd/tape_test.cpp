@@ -84,7 +84,7 @@ TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
 // sum(g * f(inputs)) differentiated by the tape against differences of the same in f32. `f` builds the graph.
 void expect_differentiates(const std::vector<Var>& inputs, const std::function<Var(Ctx&)>& f,
                            CuSeqlens cu_seqlens = {}) {
-    const Exec ex = make_cpu_exec(2);
+    const Exec ex = make_cpu_exec(1);
     Tape tape;
     Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
     const Var y = f(ctx);

@@ -27,7 +27,7 @@ TEST(Evaluate, WindowsMatchReference) {
     for (const ReferenceShape& shape :
          {ReferenceShape{}, ReferenceShape{.kind = ReferenceShape::Kind::mamba2, .tied = false}}) {
         const ModelCase c(shape);
-        const Exec ex = make_cpu_exec(2);
+        const Exec ex = make_cpu_exec(1);
         const auto ids = PackedTokens({151}, shape.vocab).ids;
         // Windows of one token, that divide, that do not, longer than a batch, longer than the text.
         for (const int64_t window : {1, 30, 64, 100, 150, 151, 1000}) {
@@ -45,7 +45,7 @@ TEST(Evaluate, WindowsMatchReference) {
 // A carried state makes one window of everything, however it is cut.
 TEST(Evaluate, CarriedStateIsOneWindow) {
     const ModelCase c(ReferenceShape{});
-    const Exec ex = make_cpu_exec(2);
+    const Exec ex = make_cpu_exec(1);
     const auto ids = PackedTokens({151}, 11).ids;
     const double expected = reference_nll(c.reference, ids, 1000);
     EXPECT_GT(std::abs(reference_nll(c.reference, ids, 10) - expected), 1e-3);  // the windows do matter

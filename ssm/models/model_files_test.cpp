@@ -105,16 +105,15 @@ TEST(ModelFiles, LayoutsConvertBothWays) {
     }
 }
 
-// A checkpoint made by transformers, converted there and back.
+// A checkpoint made by mamba_ssm, converted there and back.
 TEST(ModelFiles, GoldenConvertsBothWays) {
-    const fs::path golden = golden_model("mamba_ssm_mamba1");
     const TempFolder there, back;
-    const auto model = load_model(golden, DType::f32);
+    const auto model = load_model(golden_model("mamba_ssm_mamba1"), DType::f32);
     save_model(*model, there.path(), {.layout = Layout::hugging_face});
     const auto converted = load_model(there.path(), DType::f32);
     EXPECT_EQ(some_logits(*converted), some_logits(*model));
     save_model(*converted, back.path(), {.layout = Layout::mamba_ssm});
-    EXPECT_EQ(read_file(back / "model.safetensors"), read_file(golden / "model.safetensors"));
+    EXPECT_EQ(parameters(*load_model(back.path(), DType::f32)), parameters(*model));
 }
 
 TEST(ModelFiles, WhatALayoutCannotSay) {

@@ -36,7 +36,7 @@ TEST_P(VerifyFixture, Passes) {
 TEST_P(VerifyFixture, PassesInBf16) {
     const fs::path dir = golden_model(GetParam());
     if (dir.empty()) GTEST_SKIP() << "needs the shared fixtures (SSM_SHARED)";
-    const Verified v = verify_model(make_cpu_exec(2), dir, {.dtype = DType::bf16, .logits_tolerance = 2e-2});
+    const Verified v = verify_model(make_cpu_exec(1), dir, {.dtype = DType::bf16, .logits_tolerance = 2e-2});
     ASSERT_EQ(v.quantities.size(), 1u);
     EXPECT_TRUE(v.ok()) << v.quantities[0].error;
     EXPECT_GT(v.quantities[0].error, 1e-5);  // it did compute in bf16
@@ -56,7 +56,7 @@ public:
         change(tensors);
         write_safetensors(folder_ / "expected.safetensors", tensors);
     }
-    Verified verify() const { return verify_model(make_cpu_exec(2), folder_.path(), {}); }
+    Verified verify() const { return verify_model(make_cpu_exec(1), folder_.path(), {}); }
     const fs::path& path() const { return folder_.path(); }
 
 private:

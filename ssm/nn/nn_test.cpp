@@ -26,7 +26,7 @@ void initialise(Parameter& p, uint64_t seed) {
 }
 
 TEST(Linear, RecordingAndInferenceAgree) {
-    const Exec ex = make_cpu_exec(2);
+    const Exec ex = make_cpu_exec(1);
     Linear layer(5, 7, true);
     layer.visit("layer", [](const std::string&, Parameter& p) { initialise(p, 3); });
     layer.bias.value().data<float>()[2] = 4.0f;

@@ -23,7 +23,7 @@ inline std::string shape_name(const testing::TestParamInfo<NamedShape>& info) { 
 // Logits and loss of packed sequences, odd, empty and of one token among them.
 inline void expect_matches_reference(const ReferenceShape& shape) {
     const ModelCase c(shape);
-    const Exec ex = make_cpu_exec(2);
+    const Exec ex = make_cpu_exec(1);
     for (const std::vector<int64_t>& lengths :
          std::vector<std::vector<int64_t>>{{1}, {2}, {7, 0, 1, 65, 2}, {130}}) {
         SCOPED_TRACE(testing::PrintToString(lengths));
@@ -46,7 +46,7 @@ inline void expect_matches_reference(const ReferenceShape& shape) {
 // The gradient of every parameter, a few entries of each, against differences of the reference.
 inline void expect_gradients(const ReferenceShape& shape, const std::vector<int64_t>& lengths) {
     ModelCase c(shape);
-    const Exec ex = make_cpu_exec(2);
+    const Exec ex = make_cpu_exec(1);
     const PackedTokens tokens(lengths, shape.vocab);
     const View<const int32_t, 1> ids{tokens.ids.data(), {tokens.size()}},
         targets{tokens.targets.data(), {tokens.size()}};
@@ -88,6 +88,31 @@ inline void expect_gradients(const ReferenceShape& shape, const std::vector<int6
         }
         expect_close(actual, expected, 1e-4, name.c_str());
     });
+}
+
+// Logits and gradients do not depend on the number of threads, not in one bit.
+inline void expect_threads_do_not_matter(const ReferenceShape& shape) {
+    const PackedTokens tokens({70, 1, 33}, shape.vocab);
+    const View<const int32_t, 1> ids{tokens.ids.data(), {tokens.size()}},
+        targets{tokens.targets.data(), {tokens.size()}};
+    std::vector<std::vector<float>> runs;
+    for (const int threads : {1, 2, 3}) {
+        ModelCase c(shape);
+        const Exec ex = make_cpu_exec(threads);
+        runs.push_back(run_logits(ex, *c.model, tokens.ids, tokens.cu_seqlens));
+        c.model->require_grad();
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = tokens.cu_seqlens};
+        runs.back().push_back(c.model->loss(ctx, ids, targets).value().item());
+        tape.backward();
+        c.model->visit([&](const std::string&, Parameter& p) {
+            const Tensor grad = p.var.grad(ex);
+            runs.back().insert(runs.back().end(), grad.data<const float>(),
+                               grad.data<const float>() + grad.size());
+        });
+    }
+    EXPECT_EQ(runs[0], runs[1]);
+    EXPECT_EQ(runs[0], runs[2]);
 }
 
 // One sequence read whole, in pieces and step by step: the same logits, and the reference's final state.
