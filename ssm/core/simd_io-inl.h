@@ -1,7 +1,8 @@
 // Loads and stores of activations, f32 or bf16 in memory and f32 in registers, and the loop over a row with
 // its tail. Included once per instruction set, inside a Highway translation unit (see any *_cpu.cpp).
 //
-//   ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR { Store(d, Load(d, x + i, lanes), y + i, lanes); });
+//   ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR { Store(d, Load(d, x + i, lanes), y + i, lanes);
+//   });
 //
 // `lanes` is AllLanes or, once at the end of a row, SomeLanes{count}: nothing outside the row is touched, and
 // lanes past `count` load as 0. bf16 is stored rounded to nearest even; NaN stays NaN.

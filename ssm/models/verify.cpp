@@ -88,7 +88,8 @@ void verify_greedy(const Exec& ex, LanguageModel& model, const SafetensorsFile& 
     out.quantities.push_back({"greedy", differing, 0});
 }
 
-// Loss and gradients of the mean next-token cross-entropy over sequences of length l; the model then has them.
+// Loss and gradients of the mean next-token cross-entropy over sequences of length l; the model then has
+// them.
 Tensor loss_and_gradients(const Exec& ex, LanguageModel& model, const std::vector<int32_t>& input_ids,
                           std::span<const int64_t> cu_seqlens, int64_t l) {
     // Targets: the next id; none at a sequence's end.
@@ -109,8 +110,8 @@ void verify_gradients(const Exec& ex, LanguageModel& model, const SafetensorsFil
                       const std::vector<int32_t>& input_ids, std::span<const int64_t> cu_seqlens, int64_t l,
                       const VerifyOptions& options, Verified& out) {
     const Tensor loss = loss_and_gradients(ex, model, input_ids, cu_seqlens, l);
-    out.quantities.push_back(
-        {"loss", relative_l2(loss, expected_tensor(expected, "loss", {}).reshape({1})), options.logits_tolerance});
+    out.quantities.push_back({"loss", relative_l2(loss, expected_tensor(expected, "loss", {}).reshape({1})),
+                              options.logits_tolerance});
     std::set<std::string, std::less<>> compared;
     model.visit([&](const std::string& name, Parameter& p) {
         const std::string key = std::string(kGradient) + name;

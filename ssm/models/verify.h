@@ -30,8 +30,8 @@ struct Verified {
 // the model.
 Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const VerifyOptions& options);
 
-// The converse: writes expected.safetensors beside the model with what this program computes in f32 (two random
-// sequences), for another program to compare with.
+// The converse: writes expected.safetensors beside the model with what this program computes in f32 (two
+// random sequences), for another program to compare with.
 void record_expectation(const Exec& ex, const std::filesystem::path& dir, uint64_t seed);
 
 }  // namespace ssm

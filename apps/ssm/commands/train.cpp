@@ -59,7 +59,7 @@ std::pair<std::string, double> split_weight(const std::string& argument, double 
 
 // The texts as ids; adds what they are to the run's identity.
 std::vector<WeightedFile> open_corpus(const Exec& ex, const Options& o, const TextEncoder& encoder,
-                                      const std::vector<std::string>& files, Progress& progress,
+                                      const std::vector<std::string>& files, std::vector<std::string>& notes,
                                       std::string& identity) {
     const fs::path cache = o.cache.empty() ? o.train.out / "cache" : fs::path(o.cache);
     std::vector<WeightedFile> corpus;
@@ -68,10 +68,10 @@ std::vector<WeightedFile> open_corpus(const Exec& ex, const Options& o, const Te
         bool built = false;
         corpus.push_back({TokenFile::open(ex, name, cache, encoder, o.documents, &built), weight});
         const TokenFile& t = corpus.back().tokens;
-        progress.note(fmt::format("{}: {} documents, {} tokens, {:.3f} bytes each{}", name, t.documents(),
-                                  t.tokens(),
-                                  static_cast<double>(t.text_bytes()) / static_cast<double>(t.tokens()),
-                                  built ? "" : " (from the cache)"));
+        notes.push_back(fmt::format("{}: {} documents, {} tokens, {:.3f} bytes each{}", name, t.documents(),
+                                    t.tokens(),
+                                    static_cast<double>(t.text_bytes()) / static_cast<double>(t.tokens()),
+                                    built ? "" : " (from the cache)"));
         identity += fmt::format("{}{:016x}:{}", identity.empty() ? "" : " ", t.content_hash(), weight);
     }
     return corpus;
@@ -186,16 +186,16 @@ void run(Options& o, const CLI::App& command) {
     require(!o.data.empty(), "train", "no text to train on: give --data FILE");
     Exec ex = make_cpu_exec(o.threads);
     if (o.dtype == "bf16") ex.matmul = MatmulPrecision::bf16;
-    Progress progress(o.quiet ? nullptr : stderr);
+    std::vector<std::string> notes;  // shown once nothing can be wrong any more
 
     const TextEncoder encoder = make_encoder(o);
     const auto model = make_model(o, encoder);
     require(encoder.vocabulary <= model->vocab(), "train",
             "the tokenizer has {} ids but the model's vocabulary is {}", encoder.vocabulary, model->vocab());
     std::map<std::string, std::string>& identity = o.train.identity;
-    auto data = open_corpus(ex, o, encoder, o.data, progress, identity["data"]);
+    auto data = open_corpus(ex, o, encoder, o.data, notes, identity["data"]);
     std::string not_identity;
-    auto valid = open_corpus(ex, o, encoder, o.valid, progress, not_identity);
+    auto valid = open_corpus(ex, o, encoder, o.valid, notes, not_identity);
     identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
     identity["tokenizer"] = fmt::format("{:016x}", encoder.fingerprint);
     identity["dtype"] = o.dtype;
@@ -205,9 +205,12 @@ void run(Options& o, const CLI::App& command) {
     TrainedLanguageModel trained(ex, *model);
     Trainer trainer(ex, trained, std::move(data), std::move(valid), o.train, o.resume,
                     o.quiet ? nullptr : stderr);
-    progress.note(fmt::format("{}: {} parameters; {} at step {}", model->spec().architecture,
-                              model->parameter_count(), trainer.step() > 0 ? "resumes" : "starts",
-                              trainer.step()));
+    notes.push_back(fmt::format("{}: {} parameters; {} at step {}", model->spec().architecture,
+                                model->parameter_count(), trainer.step() > 0 ? "resumes" : "starts",
+                                trainer.step()));
+    for (const std::string& note : notes) {
+        if (!o.quiet) std::fprintf(stderr, "%s\n", note.c_str());
+    }
     write_recipe(command, o.train.out / "recipe.json");
     std::signal(SIGINT, request_stop);
     std::signal(SIGTERM, request_stop);

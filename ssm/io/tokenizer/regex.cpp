@@ -26,7 +26,7 @@ pcre2_jit_stack* stack_of(void* p) { return static_cast<pcre2_jit_stack*>(p); }
 
 // A run of n characters may need a few n steps; nothing honest needs much more.
 uint32_t match_limit(size_t text_size) {
-    return static_cast<uint32_t>(std::min<size_t>(100'000 + 16 * text_size, 1'000'000'000));
+    return static_cast<uint32_t>(std::min<size_t>(20'000 + 16 * text_size, 1'000'000'000));
 }
 
 }  // namespace

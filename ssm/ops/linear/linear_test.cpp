@@ -103,13 +103,13 @@ TEST_P(LinearTypes, MatchesReference) {
     const auto [x_type, w_type, y_type] = GetParam();
     Random random(1);
     const Exec ex = make_cpu_exec(2);
-    const int64_t sizes[][2] = {{1, 1}, {3, 5}, {48, 7}, {33, 21}, {130, 67}, {257, 130}};  // i, o
+    const int64_t sizes[][2] = {{1, 1}, {3, 5}, {48, 7}, {33, 21}, {257, 130}};  // i, o
     for (const auto [i, o] : sizes) {
         const TestMatrix w = random_matrix(random, o, i, w_type, 0);
         const std::vector<float> bias = random.vector(o);
         const PackedWeight packed(w.tensor);
-        for (const int64_t t : {0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 33}) {
-            for (const int variant : {0, 1, 2, 3}) {
+        for (const int64_t t : {0, 1, 2, 3, 4, 5, 8, 9, 33}) {
+            for (const int64_t variant : {t % 2, 3 - t % 2}) {  // plain and packed
                 const bool with_bias = variant % 2 == 1, use_packed = variant >= 2;
                 const TestMatrix x = random_matrix(random, t, i, x_type, variant);
                 const TestMatrix y(t, o, y_type, 2 * variant);

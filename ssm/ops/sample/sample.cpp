@@ -60,6 +60,32 @@ constexpr auto before = [](const auto& a, const auto& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 };
 
+// The candidate at which the measures of `v`, taken from the largest logit down, reach `target`: a selection
+// that follows the half in which it lies, so only the last 32 are sorted.
+template <class Candidate, class Measure>
+Candidate boundary(std::vector<Candidate>& v, double target, Measure measure) {
+    const auto begin = v.begin();
+    std::ptrdiff_t low = 0, high = std::ssize(v);
+    while (high - low > 32) {
+        const std::ptrdiff_t middle = low + (high - low) / 2;
+        std::nth_element(begin + low, begin + middle, begin + high, before);
+        double sum = 0;
+        for (std::ptrdiff_t i = low; i < middle; ++i) sum += measure(begin[i]);
+        if (sum >= target) {
+            high = middle;
+        } else {
+            target -= sum;
+            low = middle;
+        }
+    }
+    std::sort(begin + low, begin + high, before);
+    for (; low + 1 < high; ++low) {
+        target -= measure(begin[low]);
+        if (target <= 0) break;
+    }
+    return begin[low];
+}
+
 }  // namespace
 
 Sampler::Sampler(SamplerOptions options) : options_(options) { require_options(options_); }
@@ -132,7 +158,7 @@ int32_t Sampler::draw_kept(std::span<const float> logits, float max, double u) {
     const bool top_k = options_.top_k > 0 && options_.top_k < static_cast<int64_t>(logits.size());
     double total = 0;  // of what top_p restricts
     if (top_k) {
-        keep_top_k(logits);
+        keep_top_k(logits, max);
         weights_.resize(candidates_.size());
         scratch_.resize(candidates_.size());
         for (size_t i = 0; i < candidates_.size(); ++i) scratch_[i] = candidates_[i].logit;
@@ -145,17 +171,16 @@ int32_t Sampler::draw_kept(std::span<const float> logits, float max, double u) {
     } else {
         total = keep_heavy(logits, max);
     }
-    if (options_.top_p < 1) keep_top_p(total * static_cast<double>(options_.top_p));
+    const auto weight = [](const Candidate& c) { return static_cast<double>(c.weight); };
+    if (options_.top_p < 1) keep_prefix(total * static_cast<double>(options_.top_p), max, weight);
     std::erase_if(candidates_, [&](const Candidate& c) { return c.weight < options_.min_p; });
 
-    std::sort(candidates_.begin(), candidates_.end(),
-              [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
     double sum = 0;
-    for (const Candidate& c : candidates_) sum += static_cast<double>(c.weight);
+    for (const Candidate& c : candidates_) sum += weight(c);
     double left = u * sum;
     int32_t last = candidates_.front().id;
     for (const Candidate& c : candidates_) {
-        left -= static_cast<double>(c.weight);
+        left -= weight(c);
         if (left < 0) return c.id;
         if (c.weight > 0) last = c.id;
     }
@@ -163,7 +188,7 @@ int32_t Sampler::draw_kept(std::span<const float> logits, float max, double u) {
 }
 
 // Candidates: the k largest logits. At least k logits are not below the k-th largest maximum of a block.
-void Sampler::keep_top_k(std::span<const float> logits) {
+void Sampler::keep_top_k(std::span<const float> logits, float max) {
     const auto k = static_cast<size_t>(options_.top_k);
     float bound = -kInf;
     if (k <= maxima_.size()) {
@@ -176,10 +201,8 @@ void Sampler::keep_top_k(std::span<const float> logits) {
         const float x = logits[static_cast<size_t>(id)];
         if (x >= bound) candidates_.push_back({x, 0, id});
     });
-    if (candidates_.size() <= k) return;
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(k),
-                     candidates_.end(), before);
-    candidates_.resize(k);
+    if (candidates_.size() > k)
+        keep_prefix(static_cast<double>(k), max, [](const Candidate&) { return 1.0; });
 }
 
 // Candidates: every logit whose weight (1 for the largest) reaches a cutoff, lowered until they hold top_p of
@@ -198,7 +221,7 @@ double Sampler::keep_heavy(std::span<const float> logits, float max) {
     for (const double s : sums_) total += s;
 
     const double target = total * static_cast<double>(options_.top_p);
-    for (float cutoff : {0x1p-3f, 0x1p-6f, 0x1p-9f, 0x1p-13f, 0x1p-18f, 0.0f}) {
+    for (float cutoff : {0x1p-4f, 0x1p-10f, 0.0f}) {
         if (options_.top_p == 1) cutoff = 0;  // min_p alone
         cutoff = std::max(cutoff, options_.min_p);
         candidates_.clear();
@@ -214,29 +237,36 @@ double Sampler::keep_heavy(std::span<const float> logits, float max) {
     return total;
 }
 
-// Keeps the smallest set of largest weights that reaches `target`: a selection that follows the half in which
-// the boundary lies, so only its last 32 candidates are sorted.
-void Sampler::keep_top_p(double target) {
-    const auto begin = candidates_.begin();
-    std::ptrdiff_t low = 0, high = std::ssize(candidates_);
-    while (high - low > 32) {
-        const std::ptrdiff_t middle = low + (high - low) / 2;
-        std::nth_element(begin + low, begin + middle, begin + high, before);
-        double sum = 0;
-        for (std::ptrdiff_t i = low; i < middle; ++i) sum += static_cast<double>(begin[i].weight);
-        if (sum >= target) {
-            high = middle;
-        } else {
-            target -= sum;
-            low = middle;
-        }
+// Keeps the smallest set of largest logits whose measures reach `target`, in the order of ids. A histogram
+// over the logits finds the bucket in which the boundary lies, a selection inside that bucket finds the
+// boundary: linear time, nothing is sorted but the last few.
+template <class Measure>
+void Sampler::keep_prefix(double target, float max, Measure measure) {
+    constexpr int kBuckets = 1024;
+    float range = 0;
+    for (const Candidate& c : candidates_) range = std::max(range, c.logit > -kInf ? max - c.logit : 0.0f);
+    range = std::min(range, 88.0f * options_.temperature);  // below that the weight is 0
+    const float scale = static_cast<float>(kBuckets - 1) / std::max(range, 1e-30f);
+    const auto bucket_of = [&](const Candidate& c) {
+        const float q = (max - c.logit) * scale;
+        return q < static_cast<float>(kBuckets - 1) ? static_cast<int>(q) : kBuckets - 1;
+    };
+    sums_.assign(kBuckets, 0.0);
+    for (const Candidate& c : candidates_) sums_[static_cast<size_t>(bucket_of(c))] += measure(c);
+    int edge = 0;
+    for (; edge + 1 < kBuckets && sums_[static_cast<size_t>(edge)] < target; ++edge) {
+        target -= sums_[static_cast<size_t>(edge)];
     }
-    std::sort(begin + low, begin + high, before);
-    while (low < high) {
-        target -= static_cast<double>(begin[low++].weight);
-        if (target <= 0) break;
+    edge_.clear();
+    for (const Candidate& c : candidates_) {
+        if (bucket_of(c) == edge) edge_.push_back(c);
     }
-    candidates_.resize(static_cast<size_t>(low));
+    if (edge_.empty()) return;  // the target is beyond the sum by a rounding error
+    const Candidate last = boundary(edge_, target, measure);
+    std::erase_if(candidates_, [&](const Candidate& c) {
+        const int bucket = bucket_of(c);
+        return bucket > edge || (bucket == edge && before(last, c));
+    });
 }
 
 int32_t argmax(std::span<const float> logits) {

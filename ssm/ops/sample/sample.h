@@ -53,16 +53,17 @@ private:
     std::span<const float> penalised(std::span<const float> logits, std::span<const int32_t> history);
     int32_t draw_any(std::span<const float> logits, float max, double u);
     int32_t draw_kept(std::span<const float> logits, float max, double u);
-    void keep_top_k(std::span<const float> logits);
+    void keep_top_k(std::span<const float> logits, float max);
     double keep_heavy(std::span<const float> logits, float max);
-    void keep_top_p(double target);
+    template <class Measure>
+    void keep_prefix(double target, float max, Measure measure);
 
     SamplerOptions options_;
     uint64_t draws_ = 0;
     // Scratch, kept between calls.
     std::vector<float> logits_, weights_, maxima_, scratch_;
     std::vector<double> sums_;
-    std::vector<Candidate> candidates_;
+    std::vector<Candidate> candidates_, edge_;
 };
 
 // The first index of the largest value. Throws Error(numeric) when a logit is NaN, Error(invalid_argument)

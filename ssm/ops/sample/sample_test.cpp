@@ -121,8 +121,8 @@ TEST(Sample, MatchesReference) {
                                                 << o.top_k << " p " << o.top_p << " min_p " << o.min_p);
                 Sampler sampler(o);
                 Reference reference(o);
-                for (int draw = 0; draw < 4; ++draw) {
-                    std::vector<float> logits = random_logits(v, 3.0f, random);
+                for (const float spread : {3.0f, 3.0f, 0.01f, 0.0f}) {
+                    std::vector<float> logits = random_logits(v, spread, random);
                     const std::vector<int32_t> history = {0, static_cast<int32_t>(v / 2), 0};
                     logits.push_back(1e9f);  // padding beyond `valid`
                     ASSERT_EQ(sampler.sample(logits, v, history), reference.sample(logits, v, history));

@@ -1,0 +1,54 @@
+// The parameters of the training shape (5.2 M) and of Mamba-130M's largest layer tensors together.
+#include "ssm/ops/adamw/adamw.h"
+
+#include "tests/support/bench.h"
+
+namespace ssm {
+namespace {
+
+struct Data {
+    std::vector<float> param, grad, m, v;
+    int64_t count;
+
+    explicit Data(int64_t n) : count(n) {
+        test::Random random(1);
+        param = random.vector(n);
+        grad = random.vector(n);
+        m.assign(param.size(), 0.0f);
+        v.assign(param.size(), 0.0f);
+    }
+    void step() {
+        adamw_step(test::bench_exec(), {param.data(), {count}}, {grad.data(), {count}}, {m.data(), {count}},
+                   {v.data(), {count}}, {});
+    }
+};
+
+void adamw(benchmark::State& state) {
+    Data data(state.range(0));
+    std::vector<double> expected = test::to_double(data.param);
+    for (size_t i = 0; i < expected.size(); ++i) {  // the first step moves by the gradient's sign
+        expected[i] -= 1e-3 * (data.grad[i] > 0 ? 1.0 : -1.0) + 1e-4 * expected[i];
+    }
+    data.step();
+    test::require_right(data.param, expected, 1e-5);
+    for (auto _ : state) data.step();
+    test::report_bytes(state, 28.0 * static_cast<double>(data.count));
+}
+
+void norm(benchmark::State& state) {
+    test::Random random(1);
+    const std::vector<float> x = random.vector(state.range(0));
+    double expected = 0;
+    for (const float v : x) expected += static_cast<double>(v) * static_cast<double>(v);
+    const View<const float, 1> view{x.data(), {state.range(0)}};
+    test::require_right(std::vector<double>{squared_norm(test::bench_exec(), view)},
+                        std::vector<double>{expected}, 1e-7);
+    for (auto _ : state) benchmark::DoNotOptimize(squared_norm(test::bench_exec(), view));
+    test::report_bytes(state, 4.0 * static_cast<double>(x.size()));
+}
+
+BENCHMARK(adamw)->Arg(256)->Arg(65536)->Arg(5'200'000)->Arg(38'600'000)->UseRealTime();
+BENCHMARK(norm)->Arg(256)->Arg(65536)->Arg(5'200'000)->Arg(38'600'000)->UseRealTime();
+
+}  // namespace
+}  // namespace ssm
