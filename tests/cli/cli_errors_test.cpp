@@ -176,8 +176,9 @@ TEST_F(CliErrors, States) {
               "ssm: [state] " + state + " was saved with another model or another dtype");
     EXPECT_EQ(
         generate({"--load-state", model_.folder.file("noise", "noise")}).rfind("ssm: [safetensors] ", 0), 0u);
-    EXPECT_EQ(generate({"--load-state", model_.dir() + "/model.safetensors"}),
-              "ssm: [state] DIR/model.safetensors is not a saved state: 'format' is missing");
+    EXPECT_EQ(
+        generate({"--load-state", model_.dir() + "/model.safetensors"}),
+        "ssm: [state] DIR/model.safetensors is not a saved state of this version (\"ssm.cpp session 1\")");
 }
 
 // Not by permissions, which do not bind root: places where no file can be.

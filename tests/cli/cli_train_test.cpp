@@ -92,6 +92,7 @@ int stop_with(int signal, Strings all, const fs::path& metrics) {
     const pid_t child = fork();
     if (child == 0) {
         alarm(120);
+        if (std::freopen("/dev/null", "w", stdout) == nullptr) _exit(126);
         execv(argv[0], argv.data());
         _exit(127);
     }

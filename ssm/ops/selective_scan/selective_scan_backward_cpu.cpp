@@ -12,6 +12,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ssm/ops/selective_scan/selective_scan_backward_cpu.cpp"
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
@@ -82,11 +83,25 @@ struct ChunkBackward {
     int64_t t, count, c;
     Lanes lanes;
 
+    // No hardware prefetcher follows one cache line per row: asks for the rows that Finish will add to, and
+    // for the inputs of the next block.
+    HWY_INLINE void PrefetchToken(int64_t row) const noexcept {
+        if (grad.u) hwy::Prefetch(grad.u.row(row) + c);
+        if (grad.delta) hwy::Prefetch(grad.delta.row(row) + c);
+        if (grad.z) hwy::Prefetch(grad.z.row(row) + c);
+        if (c + kLanes >= in.u.shape[1]) return;
+        hwy::Prefetch(in.u.row(row) + c + kLanes);
+        hwy::Prefetch(in.delta.row(row) + c + kLanes);
+        hwy::Prefetch(grad_y.row(row) + c + kLanes);
+        if (in.z) hwy::Prefetch(in.z.row(row) + c + kLanes);
+    }
+
     void Prepare() noexcept {
         const ScanTag d;
         const ScanVec bias = LoadChannels(in.delta_bias, c, lanes), skip = LoadChannels(in.D, c, lanes);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = i * kLanes;
+            PrefetchToken(t + i);
             ScanVec dt = hn::Add(Load(d, in.delta.row(t + i) + c, lanes), bias), slope = hn::Set(d, 1.0f);
             if (in.delta_softplus) dt = SoftplusWithSlope(dt, slope);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);

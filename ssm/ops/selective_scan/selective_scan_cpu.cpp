@@ -7,6 +7,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ssm/ops/selective_scan/selective_scan_cpu.cpp"
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
@@ -22,11 +23,15 @@ namespace {
 constexpr int64_t kTile = 64;
 // State indices whose h is held in registers at a time.
 constexpr size_t kStatePiece = kLanes >= 16 ? 16 : 8;
+// Blocks that walk through time together, tile by tile, so that whole rows are read.
+constexpr int64_t kGroupBlocks = 8;
 
 struct Tile {
     alignas(64) float dt[kTile * kLanes];  // log2(e) dt
     alignas(64) float x[kTile * kLanes];   // dt u
     alignas(64) float y[kTile * kLanes];   // D u, then + C h
+
+    Tile() {}  // not zeroed
 };
 
 // One block of channels c, c + 1, ... walking through time.
@@ -39,14 +44,24 @@ struct BlockWalk {
     float* h;        // [n kLanes]
     Tile tile;
 
-    // dt, x and, if kReadOut, D u of tokens t .. t + count; returns the sum of dt.
+    // dt, x and, if kReadOut, D u of tokens t .. t + count; returns the sum of dt. A block's part of a row is
+    // one cache line and the next row lies far away, so no hardware prefetcher follows: asks here for what
+    // Finish will touch, and for the inputs of the next block.
     template <bool kReadOut>
-    HWY_INLINE ScanVec Prepare(int64_t t, int64_t count) noexcept {
+    HWY_INLINE ScanVec Prepare(int64_t t, int64_t count, View<T, 2> y) noexcept {
         const ScanTag d;
         const ScanVec bias = LoadChannels(in.delta_bias, c, lanes), skip = LoadChannels(in.D, c, lanes);
         const ScanVec log2e = hn::Set(d, kLog2e);
         ScanVec sum = hn::Zero(d);
         for (int64_t i = 0; i < count; ++i) {
+            if (c + kLanes < in.u.shape[1]) {
+                hwy::Prefetch(in.delta.row(t + i) + c + kLanes);
+                hwy::Prefetch(in.u.row(t + i) + c + kLanes);
+            }
+            if constexpr (kReadOut) {
+                if (in.z) hwy::Prefetch(in.z.row(t + i) + c);
+                hwy::Prefetch(y.row(t + i) + c);
+            }
             ScanVec dt = hn::Add(Load(d, in.delta.row(t + i) + c, lanes), bias);
             if (in.delta_softplus) dt = Softplus(d, dt);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
@@ -101,7 +116,7 @@ struct BlockWalk {
         ScanVec sum = hn::Zero(ScanTag());
         for (int64_t t = begin; t < end; t += kTile) {
             const int64_t count = std::min(kTile, end - t);
-            sum = hn::Add(sum, Prepare<kReadOut>(t, count));
+            sum = hn::Add(sum, Prepare<kReadOut>(t, count, y));
             ForEachStatePiece<kStatePiece>(in.A.shape[1], [&](int64_t j, auto size) HWY_ATTR {
                 Scan<kReadOut, decltype(size)::value>(t, count, j);
             });
@@ -125,31 +140,56 @@ struct Forward {
     int64_t n() const { return in.A.shape[1]; }
     int64_t blocks() const { return (d() + kLanes - 1) / kLanes; }
 
-    // Sequence s of the block at channel c, from its first token to its last.
-    template <class Lanes>
-    void RunSequence(int64_t s, int64_t c, Lanes lanes, const float* A, float* h) noexcept {
-        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
-        const int64_t begin = in.cu_seqlens[s], end = in.cu_seqlens[s + 1];
-        LoadBlock(in.initial_state ? in.initial_state.row(s) + c * n() : nullptr, n(), d() - c, n(), h);
-        const int64_t piece = chunk_states ? chunk : end - begin;
-        int64_t index = first_chunk[s];
-        for (int64_t t = begin; t < end; t += piece, ++index) {
-            if (chunk_states) StoreBlock(h, d() - c, n(), chunk_states.row(index) + c * n(), n());
-            walk.template Walk<true>(t, std::min(t + piece, end), y);
+    // Sequence s of the blocks from channel c to channel end, from its first token to its last. A, h: one
+    // [n L] a block.
+    void RunSequence(int64_t s, int64_t c, int64_t end, const float* A, float* h) noexcept {
+        const int64_t size = n() * kLanes, first = in.cu_seqlens[s], last = in.cu_seqlens[s + 1];
+        // f(channel, the block's offset into A and h)
+        auto for_each_block = [&](auto&& f) {
+            for (int64_t b = 0; c + b * kLanes < end; ++b) f(c + b * kLanes, b * size);
+        };
+        for_each_block([&](int64_t at, int64_t offset) {
+            const float* rows = in.initial_state ? in.initial_state.row(s) + at * n() : nullptr;
+            LoadBlock(rows, n(), d() - at, n(), h + offset);
+        });
+        for (int64_t t = first; t < last;) {
+            const int64_t index = first_chunk[s] + (t - first) / chunk, into = (t - first) % chunk;
+            if (chunk_states && into == 0) {
+                for_each_block([&](int64_t at, int64_t offset) {
+                    StoreBlock(h + offset, d() - at, n(), chunk_states.row(index) + at * n(), n());
+                });
+            }
+            const int64_t limit = chunk_states ? std::min(kTile, chunk - into) : kTile;
+            const int64_t next = std::min(t + limit, last);
+            for_each_block([&](int64_t at, int64_t offset) {
+                WithLanes(at, d(), [&](auto lanes) { Advance(t, next, at, lanes, A + offset, h + offset); });
+            });
+            t = next;
         }
-        if (final_state) StoreBlock(h, d() - c, n(), final_state.row(s) + c * n(), n());
+        for_each_block([&](int64_t at, int64_t offset) {
+            if (final_state) StoreBlock(h + offset, d() - at, n(), final_state.row(s) + at * n(), n());
+        });
+    }
+    template <class Lanes>
+    void Advance(int64_t begin, int64_t end, int64_t c, Lanes lanes, const float* A, float* h) noexcept {
+        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
+        walk.template Walk<true>(begin, end, y);
     }
 
-    // Parallel over blocks of channels and sequences.
+    // Parallel over groups of blocks and sequences; the result does not depend on the size of a group.
     void Run(const Exec& ex) {
         const int64_t count = sequences();
-        parallel_for(ex, blocks() * count, 1, [&](int64_t begin, int64_t end) {
-            Scratch<float> scratch(ex, 2 * n() * kLanes);
-            float *A = scratch.data(), *h = A + n() * kLanes;
+        const int64_t share = blocks() * count / std::max(ex.threads, 1);
+        const int64_t width = std::clamp<int64_t>(share, 1, kGroupBlocks) * kLanes;  // channels of a group
+        parallel_for(ex, (d() + width - 1) / width * count, 1, [&](int64_t begin, int64_t end) {
+            Scratch<float> scratch(ex, static_cast<size_t>(2 * n() * width));
+            float *A = scratch.data(), *h = A + n() * width;
             for (int64_t unit = begin; unit < end; ++unit) {
-                const int64_t c = unit / count * kLanes, s = unit % count;
-                if (unit == begin || s == 0) LoadBlock(in.A.row(c), in.A.stride, d() - c, n(), A);
-                WithLanes(c, d(), [&](auto lanes) { RunSequence(s, c, lanes, A, h); });
+                const int64_t c = unit / count * width, s = unit % count, limit = std::min(c + width, d());
+                for (int64_t at = c; at < limit && (unit == begin || s == 0); at += kLanes) {
+                    LoadBlock(in.A.row(at), in.A.stride, d() - at, n(), A + (at - c) * n());
+                }
+                RunSequence(s, c, limit, A, h);
             }
         });
     }
@@ -225,8 +265,7 @@ struct Forward {
                 LoadBlock(states.row(index) + c * n(), n(), d() - c, n(), h);
                 const auto [first, last] = Tokens(index);
                 WithLanes(c, d(), [&, first = first, last = last](auto lanes) {
-                    BlockWalk<T, decltype(lanes)> walk{in, c, lanes, A, h, {}};
-                    walk.template Walk<true>(first, last, y);
+                    Advance(first, last, c, lanes, A, h);
                 });
             }
         });
