@@ -33,7 +33,12 @@ function(ssm_dependencies)
     target_compile_definitions(ssm PRIVATE SSM_HAS_ONEDNN=1)
   endif()
   # Of Highway's x86 targets keep the baseline, AVX2 and AVX-512: SSSE3 and SSE4 add compile time, not speed.
-  target_compile_definitions(ssm PRIVATE "HWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4)")
+  # Under sanitizers AVX2 alone: the same source, and each target of it takes minutes there.
+  if(SSM_SANITIZE)
+    target_compile_definitions(ssm PRIVATE "HWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4|HWY_AVX3)")
+  else()
+    target_compile_definitions(ssm PRIVATE "HWY_DISABLED_TARGETS=(HWY_SSSE3|HWY_SSE4)")
+  endif()
 endfunction()
 
 # ssm_sources(dir files...): adds files to the library; *.h among them are public headers.
@@ -44,6 +49,10 @@ function(ssm_sources)
       target_sources(ssm PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR} FILES ${path})
     else()
       target_sources(ssm PRIVATE ${path})
+      if(SSM_SANITIZE AND file MATCHES "_cpu\\.cpp$")
+        # Kernels: AddressSanitizer only. With UBSan g++ 12 takes over ten minutes for one of these files.
+        set_source_files_properties(${path} TARGET_DIRECTORY ssm PROPERTIES COMPILE_OPTIONS -fno-sanitize=undefined)
+      endif()
     endif()
   endforeach()
 endfunction()
