@@ -143,6 +143,29 @@ TEST_F(TrainerTest, AccumulationEqualsALargerBatch) {
     }
 }
 
+TEST_F(TrainerTest, AStepOfSmallBatchesIsAStepOfOneLargeBatch) {
+    std::vector<nlohmann::json> rows[2];
+    for (const int64_t accumulate : {1, 4}) {
+        Bigram model(256);
+        TrainOptions o = options("accumulate" + std::to_string(accumulate));
+        o.sampler.batch = 8 / accumulate;
+        o.accumulate = accumulate;
+        o.steps = 10;
+        o.log_every = 1;
+        trainer(model, o).run();
+        rows[accumulate == 4] = metrics(o);
+    }
+    ASSERT_EQ(rows[0].size(), 10u);
+    ASSERT_EQ(rows[1].size(), 10u);
+    for (size_t i = 0; i < 10; ++i) {
+        EXPECT_EQ(rows[0][i]["tokens"], rows[1][i]["tokens"]);
+        for (const char* key : {"loss", "gradient_norm"}) {
+            const double x = rows[0][i][key];
+            EXPECT_NEAR(rows[1][i][key].get<double>(), x, 1e-4 * x) << key << " of step " << i + 1;
+        }
+    }
+}
+
 TEST_F(TrainerTest, GradientsAreClippedByTheGlobalNorm) {
     // AdamW does not see a constant factor, so look at its first moment: (1 - beta1) g after one step.
     for (const double clip : {0.0, 0.01}) {
