@@ -25,9 +25,9 @@ void convert(const Tensor& from, const Tensor& to) {
 int64_t element_count(const Shape& shape) {
     int64_t n = 1;
     for (int64_t d : shape) {
-        require(d >= 0, "tensor", "shape {} has a negative dimension", to_string(shape));
-        require(d == 0 || n <= std::numeric_limits<int64_t>::max() / d, "tensor", "shape {} overflows",
-                to_string(shape));
+        require(d >= 0, "tensor", "shape [{}] has a negative dimension", fmt::join(shape, ", "));
+        require(d == 0 || n <= std::numeric_limits<int64_t>::max() / d, "tensor", "shape [{}] overflows",
+                fmt::join(shape, ", "));
         n *= d;
     }
     return n;
@@ -86,8 +86,8 @@ Tensor Tensor::wrap(void* data, Shape shape, DType dtype, std::shared_ptr<void> 
 
 Tensor Tensor::from_floats(Shape shape, const std::vector<float>& values) {
     Tensor t = empty(std::move(shape), DType::f32);
-    require(t.size() == static_cast<int64_t>(values.size()), "tensor", "{} values do not fill {}",
-            values.size(), ssm::to_string(t.shape()));
+    require(t.size() == static_cast<int64_t>(values.size()), "tensor", "{} values do not fill [{}]",
+            values.size(), fmt::join(t.shape(), ", "));
     if (!values.empty()) std::memcpy(t.data_, values.data(), t.bytes());
     return t;
 }
@@ -95,13 +95,13 @@ Tensor Tensor::from_floats(Shape shape, const std::vector<float>& values) {
 bool Tensor::dense() const { return shape_.empty() || shape_[0] <= 1 || stride_ == dense_stride(shape_); }
 
 float Tensor::item() const {
-    require(size() == 1, "tensor", "{} does not have one element", ssm::to_string(shape_));
+    require(size() == 1, "tensor", "[{}] does not have one element", fmt::join(shape_, ", "));
     return *data<const float>();
 }
 
 Tensor Tensor::columns(int64_t begin, int64_t end) const {
-    require(rank() == 2 && 0 <= begin && begin <= end && end <= shape_[1], "tensor", "no columns {}:{} in {}",
-            begin, end, ssm::to_string(shape_));
+    require(rank() == 2 && 0 <= begin && begin <= end && end <= shape_[1], "tensor",
+            "no columns {}:{} in [{}]", begin, end, fmt::join(shape_, ", "));
     Tensor t = *this;
     t.data_ += begin * static_cast<int64_t>(size_of(dtype_));
     t.shape_[1] = end - begin;
@@ -109,8 +109,8 @@ Tensor Tensor::columns(int64_t begin, int64_t end) const {
 }
 
 Tensor Tensor::rows(int64_t begin, int64_t end) const {
-    require(rank() >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "tensor", "no rows {}:{} in {}",
-            begin, end, ssm::to_string(shape_));
+    require(rank() >= 1 && 0 <= begin && begin <= end && end <= shape_[0], "tensor", "no rows {}:{} in [{}]",
+            begin, end, fmt::join(shape_, ", "));
     Tensor t = *this;
     t.data_ += begin * stride_ * static_cast<int64_t>(size_of(dtype_));
     t.shape_[0] = end - begin;
@@ -119,8 +119,9 @@ Tensor Tensor::rows(int64_t begin, int64_t end) const {
 
 Tensor Tensor::reshape(Shape shape) const {
     const bool inner_only = !dense() && !shape.empty() && shape[0] == shape_[0];
-    require(element_count(shape) == size() && (dense() || inner_only), "tensor", "cannot reshape {}{} to {}",
-            dense() ? "" : "strided ", ssm::to_string(shape_), ssm::to_string(shape));
+    require(element_count(shape) == size() && (dense() || inner_only), "tensor",
+            "cannot reshape {}[{}] to [{}]", dense() ? "" : "strided ", fmt::join(shape_, ", "),
+            fmt::join(shape, ", "));
     Tensor t = *this;
     t.stride_ = inner_only ? stride_ : dense_stride(shape);
     t.shape_ = std::move(shape);
@@ -171,8 +172,8 @@ void Tensor::fill_zero() const {
 }
 
 void Tensor::copy_from(const Tensor& other) const {
-    require(dtype_ == other.dtype_ && shape_ == other.shape_, "tensor", "cannot copy {} {} into {} {}",
-            name_of(other.dtype_), ssm::to_string(other.shape_), name_of(dtype_), ssm::to_string(shape_));
+    require(dtype_ == other.dtype_ && shape_ == other.shape_, "tensor", "cannot copy {} [{}] into {} [{}]",
+            name_of(other.dtype_), fmt::join(other.shape_, ", "), name_of(dtype_), fmt::join(shape_, ", "));
     if (size() == 0) return;
     if (dense() && other.dense()) {
         std::memcpy(data_, other.data_, bytes());

@@ -21,7 +21,8 @@ using Shape = std::vector<int64_t>;
 
 // Product of the dimensions; throws when one is negative or the product overflows.
 int64_t element_count(const Shape& shape);
-std::string to_string(const Shape& shape);  // "[2, 3]"
+// "[2, 3]". In the message of a check write "[{}]" and fmt::join(shape, ", "): free unless the check fails.
+std::string to_string(const Shape& shape);
 
 class Tensor {
 public:
@@ -54,11 +55,11 @@ public:
         require(dtype_ == dtype_of<Plain>, "tensor", "dtype is {} where {} was expected", name_of(dtype_),
                 name_of(dtype_of<Plain>));
         if constexpr (R == 1) {
-            require(dense(), "tensor", "{} is a strided slice where a dense tensor was expected",
-                    to_string(shape_));
+            require(dense(), "tensor", "[{}] is a strided slice where a dense tensor was expected",
+                    fmt::join(shape_, ", "));
             return View<T, 1>(reinterpret_cast<T*>(data_), {size()}, 1);
         } else {
-            require(rank() == R, "tensor", "rank of {} is not {}", to_string(shape_), R);
+            require(rank() == R, "tensor", "rank of [{}] is not {}", fmt::join(shape_, ", "), R);
             std::array<int64_t, R> s{};
             for (int i = 0; i < R; ++i) s[i] = shape_[i];
             return View<T, R>(reinterpret_cast<T*>(data_), s, stride_);
