@@ -1,7 +1,6 @@
 #include "ssm/models/registry.h"
 
 #include <cstring>
-#include <regex>
 
 #include "ssm/io/atomic_file.h"
 #include "ssm/io/json/config_reader.h"
@@ -63,9 +62,19 @@ void check_tied_head(Checkpoint& checkpoint, const ModelSpec& spec) {
 
 // The config with "dtype" (transformers 4: "torch_dtype"), where it has one, naming what is saved. As text,
 // so that the rest stays as it was written.
-std::string with_dtype(const std::string& config, DType dtype) {
-    static const std::regex kKey(R"re(("(?:torch_)?dtype"\s*:\s*)"[^"]*")re");
-    return std::regex_replace(config, kKey, dtype == DType::bf16 ? "$1\"bfloat16\"" : "$1\"float32\"");
+std::string with_dtype(std::string config, DType dtype) {
+    for (const std::string_view key : {"\"dtype\"", "\"torch_dtype\""}) {
+        const size_t at = config.find(key);
+        if (at == std::string::npos) continue;
+        const size_t colon = config.find_first_not_of(" \t\r\n", at + key.size());
+        if (colon == std::string::npos || config[colon] != ':') continue;
+        const size_t open = config.find_first_not_of(" \t\r\n", colon + 1);
+        if (open == std::string::npos || config[open] != '"') continue;
+        const size_t close = config.find('"', open + 1);
+        if (close == std::string::npos) continue;
+        config.replace(open + 1, close - open - 1, dtype == DType::bf16 ? "bfloat16" : "float32");
+    }
+    return config;
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ TEST_P(TrainDeterminism, SameSeedSameBytesOnAnyThreads) {
     json_of(with(command("other", "8"), {"--threads", "1"}));
     EXPECT_NE(bytes("other"), bytes("one"));
     // It learns: uniform over 256 ids is 5.5.
-    EXPECT_LT(first["loss"], 5.0);
+    EXPECT_LT(first["loss"], 5.4);
 }
 
 TEST_P(TrainDeterminism, KilledAndResumedGivesTheSameBytes) {
