@@ -274,7 +274,9 @@ protected:
 TEST_F(Stories, LossAsMeasured) {
     EXPECT_NEAR(mean_nll({}), expected_nll(), 5e-4);
     EXPECT_NEAR(mean_nll({"--dtype", "bf16"}), expected_nll(), 1e-2);
-    if (kWindows == 32) EXPECT_NEAR(expected_nll(), 2.8168, 5e-5);
+    if (kWindows == 32) {
+        EXPECT_NEAR(expected_nll(), 2.8168, 5e-5);
+    }
 }
 
 TEST_F(Stories, GreedyContinuationsAsMeasured) {
