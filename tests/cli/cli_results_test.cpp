@@ -170,6 +170,15 @@ TEST(CliVerify, PassesAndFails) {
     EXPECT_NE(plain.out.find("FAIL"), std::string::npos);
 }
 
+// A model's expectation may be recorded; then it holds, and only for that model.
+TEST(CliVerify, Record) {
+    const ByteModel m, other({}, 2);
+    EXPECT_EQ(run_ssm({"verify", m.dir(), "--record"}).exit_code, 0);
+    EXPECT_EQ(json_of({"verify", m.dir(), "--json"})["ok"], true);
+    std::filesystem::copy_file(m.folder / "expected.safetensors", other.folder / "expected.safetensors");
+    EXPECT_EQ(run_ssm({"verify", other.dir(), "--json"}).exit_code, 1);
+}
+
 TEST(CliVerify, EveryFixture) {
     for (const char* name : {"mamba", "mamba2", "falcon_mamba", "mamba_ssm_mamba1", "mamba_ssm_mamba2"}) {
         const std::string dir = golden_model(name);
@@ -236,6 +245,31 @@ TEST(CliConvert, RoundTrip) {
             {"generate", "--model", dir, "--prompt", "ab", "-n", "9", "--greedy", "--json"})["ids"];
     };
     EXPECT_EQ(ids(there), ids(m.dir()));
+}
+
+// A tokenizer trained here encodes and decodes what it saw and what it did not.
+TEST(CliTokenizer, TrainEncodeDecode) {
+    const TempFolder folder;
+    std::string corpus;
+    for (int i = 0; i < 50; ++i) corpus += "the cat and the hat sat there\n<|endoftext|>\n";
+    const std::string data = folder.file("text.txt", corpus), file = folder / "tokenizer.json";
+    const json trained =
+        json_of({"tokenizer", "train", "--data", data, "--vocab-size", "270", "--out", file, "--json"});
+    EXPECT_EQ(keys(trained), (std::set<std::string>{"file", "vocab_size", "documents", "bytes"}));
+    EXPECT_EQ(trained["vocab_size"], 270);
+    EXPECT_EQ(trained["documents"], 50);
+    const std::string text = "the cat \xc3\xa9t\xc3\xa9 \xe2\x82\xac", plain = "the cat and the hat";
+    const json encoded = json_of({"tokenizer", "encode", "--tokenizer", file, "--text", text, "--json"});
+    EXPECT_EQ(keys(encoded), (std::set<std::string>{"ids", "tokens"}));
+    EXPECT_EQ(encoded["ids"].size(), encoded["tokens"].size());
+    std::string ids;
+    for (const json& id : encoded["ids"]) ids += id.dump() + " ";
+    EXPECT_EQ(json_of({"tokenizer", "decode", "--tokenizer", file, "--ids", ids, "--json"}),
+              json({{"text", text}}));
+    EXPECT_EQ(run_ssm({"tokenizer", "decode", "--tokenizer", file, "--ids", ids}).out, text + "\n");
+    // It learned something: fewer ids than bytes.
+    EXPECT_LT(json_of({"tokenizer", "encode", "--tokenizer", file, "--text", plain, "--json"})["ids"].size(),
+              plain.size() - 4);
 }
 
 // The real checkpoint, as its makers measured it.
