@@ -69,8 +69,11 @@ function(ssm_test file)
                                         ${arg_LIBRARIES})
   target_compile_definitions(${name} PRIVATE SSM_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
   # Threads that wait sleep: where several tests share the cores, spinning ones cost 80 times the time.
-  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60
-                       PROPERTIES LABELS "${arg_LABELS}" ENVIRONMENT OMP_WAIT_POLICY=PASSIVE)
+  set(properties ENVIRONMENT OMP_WAIT_POLICY=PASSIVE)
+  if(arg_LABELS)
+    list(APPEND properties LABELS "${arg_LABELS}")
+  endif()
+  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES ${properties})
 endfunction()
 
 # ssm_bench(file.cpp): one Google Benchmark program; it refuses to time a wrong answer.

@@ -30,7 +30,8 @@ TEST(Linear, RecordingAndInferenceAgree) {
     Linear layer(5, 7, true);
     layer.visit("layer", [](const std::string&, Parameter& p) { initialise(p, 3); });
     layer.bias.value().data<float>()[2] = 4.0f;
-    const Var x(Tensor::from_floats({3, 5}, Random(1).vector(15)));
+    // So many rows that the product takes the packed copy of the weight.
+    const Var x(Tensor::from_floats({90, 5}, Random(1).vector(450)));
     const auto inference = [&] {
         Ctx ctx{.exec = ex};
         return values(layer.forward(ctx, x).value());

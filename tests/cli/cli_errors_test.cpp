@@ -150,6 +150,19 @@ TEST_F(CliErrors, Tokenizers) {
     }
 }
 
+TEST_F(CliErrors, TokenizerCommand) {
+    const std::string file = model_.folder / "tokenizer.json";
+    EXPECT_NE(complaint({"tokenizer", "encode", "--tokenizer", file, "--text", "a\xff"}).find("UTF-8"),
+              std::string::npos);
+    EXPECT_EQ(complaint({"tokenizer", "decode", "--tokenizer", file, "--ids", "1 257"})
+                  .rfind("ssm: [tokenizer] ", 0),
+              0u);
+    EXPECT_EQ(complaint({"tokenizer", "decode", "--tokenizer", file, "--ids", "x"}),
+              "ssm: [ids] 'x' is not a token id");
+    EXPECT_NE(complaint({"tokenizer", "encode", "--tokenizer", "/nowhere", "--text", "a"}).find("/nowhere"),
+              std::string::npos);
+}
+
 TEST_F(CliErrors, Eval) {
     const auto ids = [&](const std::string& bytes) {
         return eval({"--ids", model_.folder.file("ids", bytes)});

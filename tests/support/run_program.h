@@ -21,7 +21,7 @@ struct ProgramResult {
     nlohmann::json json() const { return nlohmann::json::parse(out); }
 };
 
-// The program under test with these arguments; `input` is its stdin. One that hangs is ended after two
+// The program under test with these arguments; `input` is its stdin. One that hangs is ended after ten
 // minutes.
 inline ProgramResult run_ssm(const std::vector<std::string>& arguments, const std::string& input = "") {
     const TempFolder folder;
@@ -41,7 +41,7 @@ inline ProgramResult run_ssm(const std::vector<std::string>& arguments, const st
         redirect(in, O_RDONLY, STDIN_FILENO);
         redirect(out, O_WRONLY | O_CREAT, STDOUT_FILENO);
         redirect(err, O_WRONLY | O_CREAT, STDERR_FILENO);
-        alarm(120);
+        alarm(600);
         execv(argv[0], argv.data());
         _exit(127);
     }
