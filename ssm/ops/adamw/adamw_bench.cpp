@@ -7,25 +7,20 @@ namespace ssm {
 namespace {
 
 struct Data {
-    std::vector<float> param, grad, m, v;
     int64_t count;
+    test::Random random{1};
+    test::Buffer<float> param{random.vector(count)}, grad{random.vector(count)};
+    test::Buffer<float> m{std::vector<float>(param.size())}, v{m};
 
-    explicit Data(int64_t n) : count(n) {
-        test::Random random(1);
-        param = random.vector(n);
-        grad = random.vector(n);
-        m.assign(param.size(), 0.0f);
-        v.assign(param.size(), 0.0f);
-    }
-    void step() {
+    void step() const {
         adamw_step(test::bench_exec(), {param.data(), {count}}, {grad.data(), {count}}, {m.data(), {count}},
                    {v.data(), {count}}, {});
     }
 };
 
 void adamw(benchmark::State& state) {
-    Data data(state.range(0));
-    std::vector<double> expected = test::to_double(data.param);
+    const Data data{.count = state.range(0)};
+    std::vector<double> expected = test::to_double(data.param.values());
     for (size_t i = 0; i < expected.size(); ++i) {  // the first step moves by the gradient's sign
         expected[i] -= 1e-3 * (data.grad[i] > 0 ? 1.0 : -1.0) + 1e-4 * expected[i];
     }
@@ -37,11 +32,11 @@ void adamw(benchmark::State& state) {
 
 void norm(benchmark::State& state) {
     test::Random random(1);
-    const std::vector<float> x = random.vector(state.range(0));
+    const test::Buffer<float> x{random.vector(state.range(0))};
     double expected = 0;
-    for (const float v : x) expected += static_cast<double>(v) * static_cast<double>(v);
+    for (const float v : x.values()) expected += static_cast<double>(v) * static_cast<double>(v);
     const View<const float, 1> view{x.data(), {state.range(0)}};
-    test::require_right(std::vector<double>{squared_norm(test::bench_exec(), view)},
+    test::require_right(test::Buffer<double>{std::vector<double>{squared_norm(test::bench_exec(), view)}},
                         std::vector<double>{expected}, 1e-7);
     for (auto _ : state) benchmark::DoNotOptimize(squared_norm(test::bench_exec(), view));
     test::report_bytes(state, 4.0 * static_cast<double>(x.size()));

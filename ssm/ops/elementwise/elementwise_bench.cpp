@@ -11,25 +11,20 @@ using View2 = View<const float, 2>;
 
 struct Data {
     int64_t t, d;
-    std::vector<float> a, b, y;
-    std::vector<bf16> half;
+    test::Random random{1};
+    test::Buffer<float> a{random.vector(t * d, -4, 4)}, b{random.vector(t * d, -4, 4)},
+        y{test::nan_vector(t * d)};
+    test::Buffer<bf16> half{test::to_bf16(a.values())};
 
-    explicit Data(const benchmark::State& state) : t(state.range(0)), d(state.range(1)) {
-        test::Random random(1);
-        a = random.vector(t * d, -4, 4);
-        b = random.vector(t * d, -4, 4);
-        y = test::nan_vector(t * d);
-        half = test::to_bf16(a);
-    }
     View2 input() const { return {a.data(), {t, d}}; }
     View2 other() const { return {b.data(), {t, d}}; }
-    View<float, 2> output() { return {y.data(), {t, d}}; }
+    View<float, 2> output() const { return {y.data(), {t, d}}; }
 };
 
 // f(data) writes y = exact(a, b).
 template <class F, class G>
 void run(benchmark::State& state, double bytes, F f, G exact) {
-    Data data(state);
+    const Data data{.t = state.range(0), .d = state.range(1)};
     std::vector<double> expected;
     for (size_t i = 0; i < data.a.size(); ++i) {
         expected.push_back(exact(static_cast<double>(data.a[i]), static_cast<double>(data.b[i])));
@@ -42,29 +37,29 @@ void run(benchmark::State& state, double bytes, F f, G exact) {
 
 void neg_exp(benchmark::State& state) {
     run(
-        state, 8, [](Data& s) { ssm::neg_exp(test::bench_exec(), s.input(), s.output()); },
+        state, 8, [](const Data& s) { ssm::neg_exp(test::bench_exec(), s.input(), s.output()); },
         [](double a, double) { return -std::exp(a); });
 }
 void silu(benchmark::State& state) {
     run(
-        state, 8, [](Data& s) { ssm::silu(test::bench_exec(), s.input(), s.output()); },
+        state, 8, [](const Data& s) { ssm::silu(test::bench_exec(), s.input(), s.output()); },
         [](double a, double) { return a / (1 + std::exp(-a)); });
 }
 void softplus(benchmark::State& state) {
     run(
-        state, 8, [](Data& s) { ssm::softplus(test::bench_exec(), s.input(), s.output()); },
+        state, 8, [](const Data& s) { ssm::softplus(test::bench_exec(), s.input(), s.output()); },
         [](double a, double) { return std::log1p(std::exp(a)); });
 }
 void multiply(benchmark::State& state) {
     run(
-        state, 12, [](Data& s) { ssm::multiply(test::bench_exec(), s.input(), s.other(), s.output()); },
+        state, 12, [](const Data& s) { ssm::multiply(test::bench_exec(), s.input(), s.other(), s.output()); },
         [](double a, double b) { return a * b; });
 }
 void silu_backward(benchmark::State& state) {
     run(
         state, 16,
-        [](Data& s) {
-            if (std::isnan(s.y[0])) std::fill(s.y.begin(), s.y.end(), 0.0f);
+        [](const Data& s) {
+            if (std::isnan(s.y[0])) std::fill_n(s.y.data(), s.y.size(), 0.0f);
             ssm::silu_backward(test::bench_exec(), s.input(), s.other(), s.output());
         },
         [](double a, double b) {
@@ -75,7 +70,7 @@ void silu_backward(benchmark::State& state) {
 void cast_up(benchmark::State& state) {
     run(
         state, 6,
-        [](Data& s) {
+        [](const Data& s) {
             ssm::cast<bf16, float>(test::bench_exec(), {s.half.data(), {s.t, s.d}}, s.output());
         },
         [](double a, double) { return a; });
@@ -83,7 +78,7 @@ void cast_up(benchmark::State& state) {
 void cast_down(benchmark::State& state) {
     run(
         state, 6,
-        [](Data& s) {
+        [](const Data& s) {
             ssm::cast<float, bf16>(test::bench_exec(), s.input(), {s.half.data(), {s.t, s.d}});
             if (std::isnan(s.y[0])) {  // the first call, which is checked
                 for (size_t i = 0; i < s.y.size(); ++i) s.y[i] = static_cast<float>(s.half[i]);

@@ -14,42 +14,32 @@ template <class X, class Y>
 struct Data {
     int64_t t, d;
     RmsNormOptions options;
-    std::vector<X> x;
-    std::vector<Y> z, y;
-    std::vector<float> residual, weight, rstd, grad_y, grad_x, grad_z, grad_weight;
+    test::Random random{1};
+    test::Buffer<X> x{random.vector<X>(t * d)};
+    test::Buffer<Y> z{random.vector<Y>(t * d)}, y{test::nan_vector<Y>(t * d)};
+    test::Buffer<float> residual{random.vector(t * d)}, weight{random.vector(d)}, rstd{test::nan_vector(t)};
+    test::Buffer<float> grad_y{random.vector(t * d)}, grad_x{grad_y}, grad_z{grad_y}, grad_weight{weight};
 
-    Data(int64_t rows, int64_t width, Gate gate) : t(rows), d(width), options{.gate = gate} {
-        test::Random random(1);
-        x = random.vector<X>(t * d);
-        z = random.vector<Y>(t * d);
-        y = test::nan_vector<Y>(t * d);
-        residual = random.vector(t * d);
-        weight = random.vector(d);
-        rstd = test::nan_vector(t);
-        grad_y = random.vector(t * d);
-        grad_x.assign(grad_y.size(), 0);
-        grad_z.assign(grad_y.size(), 0);
-        grad_weight.assign(weight.size(), 0);
-    }
+    Data(int64_t rows, int64_t width, Gate gate) : t(rows), d(width), options{.gate = gate} {}
     RmsNormInputs<X, Y> inputs() const {
         RmsNormInputs<X, Y> in{{x.data(), {t, d}}, {weight.data(), {d}}, {}};
         if (options.gate != Gate::none) in.z = {z.data(), {t, d}};
         return in;
     }
-    void forward() {
+    void forward() const {
         rms_norm<X, Y>(test::bench_exec(), inputs(), {y.data(), {t, d}}, {rstd.data(), {t, 1}}, options);
     }
-    void add() {
+    void add() const {
         add_rms_norm<X, Y>(test::bench_exec(), {residual.data(), {t, d}}, {x.data(), {t, d}},
                            {weight.data(), {d}}, {residual.data(), {t, d}}, {y.data(), {t, d}}, {});
     }
-    void backward() {
+    void backward() const {
         RmsNormGradients grad{{grad_x.data(), {t, d}}, {grad_weight.data(), {d}}, {}};
         if (options.gate != Gate::none) grad.z = {grad_z.data(), {t, d}};
         rms_norm_backward<X, Y>(test::bench_exec(), inputs(), {rstd.data(), {t, 1}}, {grad_y.data(), {t, d}},
                                 grad, options);
     }
-    void check_forward() {
+    void check_forward() const {
         forward();
         std::vector<double> expected;
         for (int64_t i = 0; i < t * d; i += d) {
@@ -75,8 +65,8 @@ struct Data {
 template <class X, class Y, class F>
 void run(benchmark::State& state, Gate gate, double bytes_per_element, F step) {
     const int64_t t = state.range(0), d = state.range(1);
-    std::vector<Data<X, Y>> copies(t == 1 ? 1 : 4, Data<X, Y>(t, d, gate));
-    for (auto& c : copies) c.check_forward();
+    const std::vector<Data<X, Y>> copies(t == 1 ? 1 : 4, Data<X, Y>(t, d, gate));
+    for (const auto& c : copies) c.check_forward();
     size_t next = 0;
     for (auto _ : state) {
         step(copies[next]);
@@ -87,23 +77,23 @@ void run(benchmark::State& state, Gate gate, double bytes_per_element, F step) {
 
 template <class X, class Y>
 void forward(benchmark::State& state) {
-    run<X, Y>(state, Gate::none, sizeof(X) + sizeof(Y), [](auto& c) { c.forward(); });
+    run<X, Y>(state, Gate::none, sizeof(X) + sizeof(Y), [](const auto& c) { c.forward(); });
 }
 template <class X, class Y>
 void forward_gated(benchmark::State& state) {
-    run<X, Y>(state, Gate::before, sizeof(X) + 2 * sizeof(Y), [](auto& c) { c.forward(); });
+    run<X, Y>(state, Gate::before, sizeof(X) + 2 * sizeof(Y), [](const auto& c) { c.forward(); });
 }
 template <class X, class Y>
 void add_forward(benchmark::State& state) {
-    run<X, Y>(state, Gate::none, 8 + sizeof(X) + sizeof(Y), [](auto& c) { c.add(); });
+    run<X, Y>(state, Gate::none, 8 + sizeof(X) + sizeof(Y), [](const auto& c) { c.add(); });
 }
 template <class X, class Y>
 void backward(benchmark::State& state) {
-    run<X, Y>(state, Gate::none, sizeof(X) + 12, [](auto& c) { c.backward(); });
+    run<X, Y>(state, Gate::none, sizeof(X) + 12, [](const auto& c) { c.backward(); });
 }
 template <class X, class Y>
 void backward_gated(benchmark::State& state) {
-    run<X, Y>(state, Gate::before, sizeof(X) + sizeof(Y) + 20, [](auto& c) { c.backward(); });
+    run<X, Y>(state, Gate::before, sizeof(X) + sizeof(Y) + 20, [](const auto& c) { c.backward(); });
 }
 
 BENCHMARK(forward<float, float>)

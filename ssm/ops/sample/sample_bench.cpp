@@ -24,7 +24,8 @@ std::vector<float> logits() {  // roughly normal with a few high ones, as a lang
 void greedy(benchmark::State& state) {
     const std::vector<float> x = logits();
     const auto best = std::max_element(x.begin(), x.end()) - x.begin();
-    test::require_right(std::vector<int>{argmax(x)}, std::vector<double>{static_cast<double>(best)}, 0);
+    test::require_right(test::Buffer<int>{std::vector<int>{argmax(x)}},
+                        std::vector<double>{static_cast<double>(best)}, 0);
     for (auto _ : state) benchmark::DoNotOptimize(argmax(x));
     test::report_bytes(state, 4.0 * kVocabulary);
 }
