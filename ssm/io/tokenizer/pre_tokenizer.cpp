@@ -75,9 +75,11 @@ void PreTokenizer::read(const nlohmann::json& step) {
     } else if (type == "WhitespaceSplit") {
         add(CharacterClass::space, Behavior::removed);
     } else if (type == "Whitespace") {
-        // The library uses another engine here, whose word characters include the joiners.
-        constexpr std::string_view words = "[\\w\\x{200C}\\x{200D}]+|[^\\w\\s\\x{200C}\\x{200D}]+";
-        add(Pattern(Regex(words)), Behavior::removed, true);
+        // The library uses another engine here, with Unicode's own word characters.
+        const std::string word =
+            "\\p{L}\\p{Nl}\\p{M}\\p{Nd}\\p{Pc}\\x{200C}\\x{200D}\\x{24B6}-\\x{24E9}\\x{1F130}-\\x{1F149}"
+            "\\x{1F150}-\\x{1F169}\\x{1F170}-\\x{1F189}";
+        add(Pattern(Regex(fmt::format("[{}]+|[^{}\\s]+", word, word))), Behavior::removed, true);
     } else if (type == "BertPreTokenizer") {
         add(CharacterClass::space, Behavior::removed);
         add(CharacterClass::punctuation, Behavior::isolated);
