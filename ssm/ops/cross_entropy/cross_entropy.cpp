@@ -37,7 +37,7 @@ View<T, 2> rows_of(View<T, 2> v, int64_t begin, int64_t end) {
 }  // namespace
 
 int64_t cross_entropy_detail::tile_rows(int64_t t, int64_t v) {
-    constexpr int64_t max_bytes = int64_t{16} << 20;
+    constexpr int64_t max_bytes = int64_t{32} << 20;
     const int64_t most = std::max<int64_t>(1, max_bytes / (std::max<int64_t>(v, 1) * 4));
     const int64_t tiles = (t + most - 1) / most;
     return tiles <= 1 ? t : (t + tiles - 1) / tiles;

@@ -35,11 +35,11 @@ struct Problem {
     void check(double tolerance) const {
         std::vector<double> logits(static_cast<size_t>(v));
         double most = -INFINITY, sum = 0;
+        const float *h = hidden.data<const float>(), *w = weight.data<const float>();
         for (int64_t j = 0; j < v; ++j) {
             double dot = 0;
             for (int64_t c = 0; c < e; ++c) {
-                dot += static_cast<double>(hidden.data<float>()[c]) *
-                       static_cast<double>(weight.data<float>()[j * e + c]);
+                dot += static_cast<double>(h[c]) * static_cast<double>(w[j * e + c]);
             }
             logits[static_cast<size_t>(j)] = dot;
             most = std::max(most, dot);

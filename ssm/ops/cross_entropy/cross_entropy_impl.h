@@ -21,7 +21,7 @@ void nll_of_rows(const Exec& ex, const Rows& r) noexcept;
 // nll of each row; d (sum grad_nll nll) / d logits replaces the logits.
 void nll_and_gradients_of_rows(const Exec& ex, const Rows& r) noexcept;
 
-// Tokens per tile of logits, for `t` tokens: tiles of nearly equal size, at most 16 MiB (or one token).
+// Tokens per tile of logits, for `t` tokens: tiles of nearly equal size, at most 32 MiB (or one token).
 int64_t tile_rows(int64_t t, int64_t v);
 
 }  // namespace ssm::cross_entropy_detail
