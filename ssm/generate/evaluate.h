@@ -22,8 +22,9 @@ struct Evaluation {
 };
 
 // Predicts ids[1], ids[2], ... from what stands before, in consecutive windows. Memory is constant in the
-// number of ids. `progress` is called after each piece with what there is so far. Throws Error(numeric) at
-// the first NaN.
+// number of ids. `progress` is called after each piece with what there is so far. With `carry_state` the
+// first pieces are read once before the clock starts, so that `seconds` grows with the tokens alone. Throws
+// Error(numeric) at the first NaN.
 Evaluation evaluate(const Exec& ex, LanguageModel& model, std::span<const int32_t> ids,
                     const EvaluateOptions& options,
                     const std::function<void(const Evaluation&)>& progress = {});
