@@ -84,6 +84,7 @@ function(ssm_bench file)
   cmake_path(GET file STEM name)
   add_executable(${name} ${file})
   target_link_libraries(${name} PRIVATE ssm::ssm ssm_options benchmark::benchmark_main)
+  target_compile_definitions(${name} PRIVATE SSM_SOURCE_DIR="${PROJECT_SOURCE_DIR}")
 endfunction()
 
 # ssm_fuzz(file.cpp): a libFuzzer target.

@@ -12,7 +12,8 @@ namespace ssm::tokenizer {
 
 namespace {
 
-constexpr size_t kShort = 48;  // symbols up to which scanning beats the heap
+constexpr size_t kShort = 48;                        // symbols up to which scanning beats the heap
+constexpr std::string_view kSpace = "\xE2\x96\x81";  // U+2581, SentencePiece's space
 constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
 
 [[noreturn]] void bad(std::string_view message) { fail(ErrorCode::bad_file, "tokenizer", "{}", message); }
@@ -31,6 +32,18 @@ void check_options(const nlohmann::json& model) {
 // Lowest rank first, then leftmost.
 bool later(const BpeScratch::Candidate& a, const BpeScratch::Candidate& b) {
     return a.rank != b.rank ? a.rank > b.rank : a.position > b.position;
+}
+
+// Where the first space symbol begins that stands after another character; npos: nowhere.
+size_t space_after_other(std::string_view text) {
+    bool after_space = true;
+    for (size_t at = 0; at < text.size();) {
+        const bool space = text.substr(at).starts_with(kSpace);
+        if (space && !after_space) return at;
+        at += space ? kSpace.size() : 1;
+        after_space = space;
+    }
+    return std::string_view::npos;
 }
 
 }  // namespace
@@ -93,6 +106,23 @@ BpeModel::BpeModel(const Document& document) : merges_(document.merges.size()) {
         fallback_ids_.push_back(find(fmt::format("<0x{:02X}>", b)));
     }
     all_bytes_ = std::ranges::all_of(byte_ids_, [](int32_t id) { return id >= 0; });
+    parts_ = never_joins_spaces(document);
+}
+
+// Whether a piece may be cut before each space symbol that stands after another character: the space symbol
+// is a symbol of its own, what stands before it leaves a symbol too, and no merge reaches over the cut.
+bool BpeModel::never_joins_spaces(const Document& document) const {
+    const bool all_fall_back =
+        byte_fallback_ && std::ranges::all_of(fallback_ids_, [](int32_t id) { return id >= 0; });
+    if (ignore_merges_ || find(kSpace) < 0 || (unknown_.empty() && !all_fall_back)) return false;
+    return std::ranges::all_of(document.merges, [](const auto& merge) {
+        return space_after_other(std::string(merge.first) + std::string(merge.second)) ==
+               std::string_view::npos;
+    });
+}
+
+std::string_view BpeModel::first_part(std::string_view piece) const {
+    return parts_ ? piece.substr(0, space_after_other(piece)) : piece;
 }
 
 int32_t BpeModel::find(std::string_view token) const {

@@ -68,12 +68,19 @@ public:
     // characters; else its characters are the first symbols.
     void encode(std::string_view piece, bool raw_bytes, BpeScratch& scratch, std::vector<int32_t>& out) const;
 
+    // The first part of a piece of characters that no merge joins to what follows, or the whole piece: the
+    // ids of a piece are those of its parts, one after the other. Parts end before a space symbol (U+2581)
+    // after another character, if no merge in the file makes a token in which one stands there, as in
+    // SentencePiece's vocabularies.
+    std::string_view first_part(std::string_view piece) const;
+
     int32_t find(std::string_view token) const;  // -1: absent
     std::string_view token(int32_t id) const { return tokens_[static_cast<size_t>(id)]; }
     bool has(int32_t id) const;
     int32_t size() const { return static_cast<int32_t>(tokens_.size()); }  // largest id + 1
 
 private:
+    bool never_joins_spaces(const Document& document) const;
     void first_symbols(std::string_view text, std::vector<int32_t>& ids) const;
     bool byte_fallback(std::string_view character, std::vector<int32_t>& ids) const;
     int32_t unknown_id() const;
@@ -88,6 +95,7 @@ private:
     std::vector<int32_t> fallback_ids_;  // of <0x00>..<0xFF>
     bool all_bytes_ = false;             // every byte character has an id
     bool byte_fallback_ = false, fuse_unknown_ = false, ignore_merges_ = false;
+    bool parts_ = false;  // pieces can be cut before a space symbol
     std::string unknown_;
 };
 

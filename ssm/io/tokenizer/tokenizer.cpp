@@ -107,7 +107,12 @@ void Tokenizer::Impl::encode_text(std::string_view text, bool at_start, EncodeSc
     std::string normalized;
     if (!normalizer.empty()) text = normalized = normalizer.apply(text, scratch.regex);
     const PreTokenizer::Sink sink = [&](std::string_view piece, bool raw_bytes) {
-        encode_piece(piece, raw_bytes, scratch, ids);
+        if (raw_bytes) return encode_piece(piece, raw_bytes, scratch, ids);
+        while (!piece.empty()) {
+            const std::string_view part = model.first_part(piece);
+            encode_piece(part, raw_bytes, scratch, ids);
+            piece.remove_prefix(part.size());
+        }
     };
     added.split(
         text, true,

@@ -224,6 +224,28 @@ TEST(Tokenizer, UnknownCharacters) {
 }
 
 // Unicode's White_Space and nothing else, whatever the engine's own \s is.
+// A piece is cut before its spaces only where the merges allow it.
+TEST(Tokenizer, MergesAcrossSpaces) {
+    const std::string space = "\xE2\x96\x81";
+    json tokenizer = small_json();
+    const auto encode = [&](json merges, const std::string& text) {
+        json vocab = {{space, 0}, {"a", 1}, {"b", 2}, {space + "a", 3}, {"b" + space, 4}, {space + space, 5}};
+        tokenizer["model"]["vocab"] = vocab;
+        tokenizer["model"]["merges"] = std::move(merges);
+        return Tokenizer::parse(tokenizer.dump()).encode(text);
+    };
+    const json within = {space + " a", space + " " + space}, across = {"b " + space, space + " a"};
+    const std::string text = "ab" + space + "ab" + space + space + "a";
+    tokenizer["model"]["unk_token"] = "b";
+    EXPECT_EQ(encode(within, text), (Ids{1, 2, 3, 2, 0, 3}));
+    EXPECT_EQ(encode(across, text), (Ids{1, 4, 1, 4, 3}));
+    EXPECT_EQ(encode(within, space + "x" + space), (Ids{0, 2, 0}));
+    // Without an unknown token a character outside the vocabulary is dropped, and its neighbours meet.
+    tokenizer["model"].erase("unk_token");
+    EXPECT_EQ(encode(within, space + "x" + space), (Ids{5}));
+    EXPECT_EQ(encode(within, "a" + space + space + "b" + space + "a"), (Ids{1, 5, 2, 3}));
+}
+
 TEST(Tokenizer, SplitPatternsMeanWhatTheyMeantInOniguruma) {
     json document = small_json();
     const auto pieces = [&](const std::string& pattern, const std::string& text) {
