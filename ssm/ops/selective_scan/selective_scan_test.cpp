@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <numeric>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -165,6 +165,11 @@ TYPED_TEST(SelectiveScan, PackedSequencesNeverSeeEachOther) {
     check(Problem<TypeParam>(33, 16, {0, 5, 0, 0, 130, 1, 64, 0}, 1), 3, {.chunk = 16});
 }
 
+template <class T>
+bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+    return std::ranges::equal(std::as_bytes(std::span(a)), std::as_bytes(std::span(b)));
+}
+
 TYPED_TEST(SelectiveScan, SplitOverTimeMatchesReferenceAndDoesNotDependOnThreads) {
     for (const std::vector<int64_t>& lengths :
          {std::vector<int64_t>{0}, {1}, {35}, {7 * 16}, {16, 0, 17, 15, 200}}) {
@@ -175,7 +180,7 @@ TYPED_TEST(SelectiveScan, SplitOverTimeMatchesReferenceAndDoesNotDependOnThreads
         expect_close(one.final_state, p.reference.final_state, 1e-5, "final_state");
         for (int threads : {2, 3}) {
             const auto other = run(p, threads, options);
-            EXPECT_EQ(std::memcmp(one.y.data(), other.y.data(), one.y.size() * sizeof(TypeParam)), 0);
+            EXPECT_TRUE(same_bytes(one.y, other.y));
             EXPECT_EQ(one.final_state, other.final_state);
             EXPECT_EQ(one.chunk_states, other.chunk_states);
         }
@@ -188,7 +193,7 @@ TYPED_TEST(SelectiveScan, DoesNotDependOnThreadsOrChunks) {
     for (int threads : {1, 2, 3}) {
         for (int64_t chunk : {1, 5, 64, 1000}) {
             const auto other = run(p, threads, {.chunk = chunk, .time_parallel = TimeParallel::never});
-            EXPECT_EQ(std::memcmp(one.y.data(), other.y.data(), one.y.size() * sizeof(TypeParam)), 0);
+            EXPECT_TRUE(same_bytes(one.y, other.y));
             EXPECT_EQ(one.final_state, other.final_state);
         }
     }
