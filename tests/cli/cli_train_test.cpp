@@ -71,6 +71,23 @@ TEST_F(CliTrain, FromTextToAModelThatGenerates) {
     EXPECT_EQ(longer["steps"], 62);
 }
 
+TEST_F(CliTrain, WithAVocabularyOfItsOwn) {
+    const std::string vocabulary = dir_ / "vocabulary.json";
+    json_of({"tokenizer", "train", "--data", data_, "--vocab-size", "280", "--out", vocabulary, "--json"});
+    const auto result = json_of(arguments("run", {"--json", "--tokenizer", vocabulary, "--length", "4"}));
+    EXPECT_EQ(read_file(dir_ / "run" / "tokenizer.json"), read_file(vocabulary));
+    const std::string text = "the cat sat on the mat.\n";
+    const auto ids =
+        json_of({"tokenizer", "encode", "--tokenizer", vocabulary, "--text", text, "--json"})["ids"];
+    ASSERT_LT(ids.size(), text.size() / 2);  // whole words: other ids than bytes
+    // It writes the words that it was trained on; a token is more than 1.44 bytes, so bits per byte are
+    // fewer.
+    const auto out = json_of({"generate", "--model", dir_ / "run", "--prompt", "the cat", "-n", "3",
+                              "--greedy", "--threads", "1", "--json"});
+    EXPECT_EQ(out["text"].get<std::string>().substr(0, 11), " sat on the") << out.dump();
+    EXPECT_LT(result["bits_per_byte"].get<double>(), result["valid_loss"].get<double>());
+}
+
 TEST_F(CliTrain, ARecipeSaysTheSameAsFlags) {
     json_of(arguments("flags", {"--json", "--packed"}));
     const nlohmann::json recipe = {
