@@ -39,6 +39,7 @@ template <class T>
 struct FloatEngine {
     using Scratch = HeadScratch;
 
+    static HWY_INLINE void store(FloatVec v, T* p) { store_floats(v, p); }
     static int64_t group_floats(int64_t q, int64_t n) { return group_chunk_floats(q, n); }
     static int64_t scratch_floats(int64_t q, int64_t p, int64_t n) {
         return time_steps_floats(q) + (3 * q + n) * scratch_stride(p) + q * scratch_stride(q);
@@ -66,7 +67,7 @@ struct FloatEngine {
 };
 
 // y = Y + D x of one head and chunk.
-template <class T>
+template <class Engine, class T>
 HWY_INLINE void write_y(const SsdInputs<T>& in, const Chunk& chunk, int64_t head, const float* Y,
                         View<T, 3> out) {
     const FloatTag d;
@@ -84,7 +85,7 @@ HWY_INLINE void write_y(const SsdInputs<T>& in, const Chunk& chunk, int64_t head
             if (D_row != nullptr) {
                 v = hn::MulAdd(wide ? load_floats(D_row + j) : hn::Set(d, D_row[0]), load_floats(x + j), v);
             }
-            store_floats(v, y + j);
+            Engine::store(v, y + j);
         }
         for (; j < p; ++j) {
             const float skip = D_row == nullptr ? 0.0f : D_row[wide ? j : 0] * static_cast<float>(x[j]);
@@ -159,6 +160,16 @@ void FloatEngine<T>::chunk(const SsdInputs<T>& in, const Chunk& chunk, int64_t h
     }
 }
 
+// A new session's state is zero: the first chunk then needs no product with it.
+bool all_zero(const float* x, int64_t count) {
+    const FloatTag d;
+    int64_t i = 0;
+    for (; i + float_lanes() <= count; i += float_lanes()) {
+        if (!hn::AllTrue(d, hn::Eq(load_floats(x + i), hn::Zero(d)))) return false;
+    }
+    return std::all_of(x + i, x + count, [](float v) { return v == 0.0f; });
+}
+
 // [p n] dense -> S^T with zero padding, and back.
 void load_state(const float* state, int64_t p, int64_t n, float* St) {
     const int64_t stride = scratch_stride(p);
@@ -190,9 +201,9 @@ struct Forward {
         const bool starts = begin == list.first[s], ends = end == list.first[s + 1];
         const float* initial = in.initial_state ? in.initial_state.row(s) + head * p * n : nullptr;
         const int64_t St_size = n * scratch_stride(p);
-        bool zero_state = starts && initial == nullptr;
+        bool zero_state = starts && (initial == nullptr || all_zero(initial, p * n));
         if (starts) {
-            load_state(initial, p, n, m.St);
+            load_state(zero_state ? nullptr : initial, p, n, m.St);
         } else {
             std::copy(carry_in + head * St_size, carry_in + (head + 1) * St_size, m.St);
         }
@@ -202,7 +213,7 @@ struct Forward {
             const bool update_state = c + 1 < end || !ends || final_state;
             if (c + 1 < end) prefetch_rows(in.x, list.chunks[c + 1], head);
             Engine::chunk(in, list.chunks[c], head, q, group, m, zero_state, update_state);
-            write_y(in, list.chunks[c], head, m.Y, y);
+            write_y<Engine>(in, list.chunks[c], head, m.Y, y);
             zero_state = false;
         }
         if (ends && final_state) store_state(m.St, p, n, final_state.row(s) + head * p * n);

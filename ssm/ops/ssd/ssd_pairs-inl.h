@@ -84,6 +84,7 @@ struct PairScratch {
 struct PairEngine {
     using Scratch = PairScratch;
 
+    static HWY_INLINE void store(FloatVec v, bf16* p) { store_rounded(v, p); }
     // Products much smaller than a tile have nothing to gain.
     static bool suits(int64_t p, int64_t n) { return p >= 16 && n >= 16 && multiplies_pairs(); }
 
