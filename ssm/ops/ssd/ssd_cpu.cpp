@@ -289,72 +289,104 @@ void forward(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4
     } while (first < count);
 }
 
-// kRows rows of one head's state: advanced and read out, n elements each, in one pass over memory.
-template <int kRows, class T>
-HWY_INLINE void step_rows(float a, const float* X, const T* B, const T* C, int64_t n, float* HWY_RESTRICT S,
-                          float* HWY_RESTRICT out) {
-    const FloatTag d;
-    const int64_t lanes = float_lanes();
-    const FloatVec decay_v = hn::Set(d, a);
-    FloatVec sum[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        const FloatVec b = load_floats(B + i), c = load_floats(C + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            float* const s = S + r * n + i;
-            const FloatVec v = hn::MulAdd(hn::Set(d, X[r]), b, hn::Mul(decay_v, load_floats(s)));
-            store_floats(v, s);
-            sum[r] = hn::MulAdd(c, v, sum[r]);
-        }
+// Consecutive rows of one head's state.
+template <class T>
+struct StepRows {
+    float dt, decay;
+    const T *x, *B, *C;
+    const float* D;  // or null
+    int64_t D_step;
+    float* state;
+    T* y;
+
+    StepRows from(int64_t row, int64_t n) const {
+        StepRows s = *this;
+        s.x += row;
+        s.y += row;
+        s.state += row * n;
+        s.D += s.D != nullptr ? row * D_step : 0;
+        return s;
     }
-    for (int r = 0; r < kRows; ++r) {
-        out[r] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
-        for (int64_t k = i; k < n; ++k) {
-            float& v = S[r * n + k];
-            v = a * v + X[r] * static_cast<float>(B[k]);
-            out[r] += static_cast<float>(C[k]) * v;
-        }
-    }
-}
+};
 
 template <class T>
-void step_head(const SsdInputs<T>& in, int64_t s, int64_t head, float* state, T* y) {
+StepRows<T> step_rows_of(const SsdInputs<T>& in, int64_t s, int64_t head, View<float, 4> state,
+                         View<T, 3> y) {
     const FloatTag d;
     const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
     const float bias = in.dt_bias ? in.dt_bias.data[head * in.dt_bias.stride] : 0.0f;
     const FloatVec dt_v = time_step(in, hn::Set(d, static_cast<float>(in.dt.row(s)[head]) + bias));
     const float dt = hn::GetLane(dt_v);
-    const float a = hn::GetLane(decay(hn::Set(d, dt * in.A.data[head * in.A.stride])));
-    const T* x = in.x.row(s) + head * p;
-    const T* B = in.B.row(s) + head / (h / g) * n;
-    const T* C = in.C.row(s) + head / (h / g) * n;
-    constexpr int kRows = 4;
-    float X[kRows], out[kRows];
-    for (int64_t i = 0; i < p; i += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, p - i);
-        for (int64_t r = 0; r < rows; ++r) X[r] = dt * static_cast<float>(x[i + r]);
-        if (rows == kRows) {
-            step_rows<kRows>(a, X, B, C, n, state + i * n, out);
-        } else {
-            for (int64_t r = 0; r < rows; ++r) step_rows<1>(a, X + r, B, C, n, state + (i + r) * n, out + r);
+    return {.dt = dt,
+            .decay = hn::GetLane(decay(hn::Set(d, dt * in.A.data[head * in.A.stride]))),
+            .x = in.x.row(s) + head * p,
+            .B = in.B.row(s) + head / (h / g) * n,
+            .C = in.C.row(s) + head / (h / g) * n,
+            .D = in.D ? in.D.row(head) : nullptr,
+            .D_step = in.D && in.D.shape[1] > 1 ? 1 : 0,
+            .state = state.row(s) + head * p * n,
+            .y = y.row(s) + head * p};
+}
+
+// `rows` rows of each stream, side by side, in one pass over memory.
+template <int kStreams, class T>
+HWY_INLINE void step_streams(const StepRows<T>* streams, int64_t rows, int64_t n) {
+    const FloatTag d;
+    const int64_t lanes = float_lanes(), whole = n / lanes * lanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        FloatVec sum[kStreams], X[kStreams], decays[kStreams];
+#pragma GCC unroll 4
+        for (int r = 0; r < kStreams; ++r) {
+            sum[r] = hn::Zero(d);
+            X[r] = hn::Set(d, streams[r].dt * static_cast<float>(streams[r].x[row]));
+            decays[r] = hn::Set(d, streams[r].decay);
         }
-        for (int64_t r = 0; r < rows; ++r) {
-            const float skip = in.D ? in.D.row(head)[in.D.shape[1] > 1 ? i + r : 0] : 0.0f;
-            y[i + r] = static_cast<T>(out[r] + skip * static_cast<float>(x[i + r]));
+        for (int64_t i = 0; i < whole; i += lanes) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kStreams; ++r) {
+                float* const s = streams[r].state + row * n + i;
+                const FloatVec input = hn::Mul(X[r], load_floats(streams[r].B + i));
+                const FloatVec v = hn::MulAdd(decays[r], load_floats(s), input);
+                store_floats(v, s);
+                sum[r] = hn::MulAdd(load_floats(streams[r].C + i), v, sum[r]);
+            }
+        }
+        for (int r = 0; r < kStreams; ++r) {
+            const StepRows<T>& s = streams[r];
+            const float x = static_cast<float>(s.x[row]);
+            float out = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+            for (int64_t k = whole; k < n; ++k) {
+                float& v = s.state[row * n + k];
+                v = s.decay * v + s.dt * x * static_cast<float>(s.B[k]);
+                out += static_cast<float>(s.C[k]) * v;
+            }
+            s.y[row] = static_cast<T>(out + (s.D != nullptr ? s.D[row * s.D_step] * x : 0.0f));
         }
     }
 }
 
+// A thread reads its states as kStreams long streams, a quarter of its heads each: the hardware's prefetchers
+// follow a stream, and would have to find it again for every block of neighbouring rows.
 template <class T>
 void step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
+    constexpr int kStreams = 4;
     const int64_t h = in.x.shape[1], p = in.x.shape[2], n = in.B.shape[2];
     parallel_for(ex, in.x.shape[0] * h, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t s = i / h, head = i % h;
-            step_head(in, s, head, state.row(s) + head * p * n, y.row(s) + head * p);
+        const auto rows_of = [&](int64_t i) { return step_rows_of(in, i / h, i % h, state, y); };
+        const int64_t quarter = (end - begin) / kStreams;
+        for (int64_t i = begin; i < begin + quarter; ++i) {
+            const StepRows<T> streams[kStreams] = {rows_of(i), rows_of(i + quarter), rows_of(i + 2 * quarter),
+                                                   rows_of(i + 3 * quarter)};
+            step_streams<kStreams>(streams, p, n);
+        }
+        const int64_t part = p / kStreams;
+        for (int64_t i = begin + kStreams * quarter; i < end; ++i) {
+            const StepRows<T> head = rows_of(i);
+            const StepRows<T> streams[kStreams] = {head, head.from(part, n), head.from(2 * part, n),
+                                                   head.from(3 * part, n)};
+            step_streams<kStreams>(streams, part, n);
+            const StepRows<T> last = head.from(kStreams * part, n);
+            step_streams<1>(&last, p - kStreams * part, n);
         }
     });
 }
