@@ -18,8 +18,6 @@ HWY_BEFORE_NAMESPACE();
 namespace ssm::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using FloatVec = hn::Vec<FloatTag>;
-
 HWY_INLINE int64_t float_lanes() { return static_cast<int64_t>(hn::Lanes(FloatTag())); }
 HWY_INLINE int64_t padded(int64_t count) {
     return (count + float_lanes() - 1) / float_lanes() * float_lanes();

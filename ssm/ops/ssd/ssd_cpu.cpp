@@ -13,6 +13,7 @@
 #include <hwy/highway.h>
 
 #include "ssm/ops/ssd/ssd_chunk-inl.h"
+#include "ssm/ops/ssd/ssd_pairs-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace ssm::HWY_NAMESPACE {
@@ -33,41 +34,50 @@ struct HeadScratch {
     float* St;        // [n p]
 };
 
-int64_t head_scratch_floats(int64_t q, int64_t p, int64_t n) {
-    return time_steps_floats(q) + (3 * q + n) * scratch_stride(p) + q * scratch_stride(q);
-}
-HeadScratch place_head_scratch(float* memory, int64_t q, int64_t p, int64_t n) {
-    const int64_t stride = scratch_stride(p);
-    HeadScratch s{};
-    s.steps = place_time_steps(memory, q);
-    s.X = memory + time_steps_floats(q);
-    s.X_to_end = s.X + q * stride;
-    s.Y = s.X_to_end + q * stride;
-    s.St = s.Y + q * stride;
-    s.M = s.St + n * stride;
-    return s;
-}
-
-// A run of chunks of one sequence inside a slab, for one head.
+// How a chunk is computed: in f32 here, or in bf16 by PairEngine (ssd_pairs-inl.h).
 template <class T>
-struct HeadRun {
-    const SsdInputs<T>* in;
-    View<T, 3> y;
-    View<float, 4> chunk_states;
-    int64_t q_max, head, group;
+struct FloatEngine {
+    using Scratch = HeadScratch;
+
+    static HWY_INLINE void store(FloatVec v, T* p) { store_floats(v, p); }
+    static int64_t group_floats(int64_t q, int64_t n) { return group_chunk_floats(q, n); }
+    static int64_t scratch_floats(int64_t q, int64_t p, int64_t n) {
+        return time_steps_floats(q) + (3 * q + n) * scratch_stride(p) + q * scratch_stride(q);
+    }
+    static HeadScratch place(float* memory, int64_t q, int64_t p, int64_t n) {
+        const int64_t stride = scratch_stride(p);
+        HeadScratch s{};
+        s.steps = place_time_steps(memory, q);
+        s.X = memory + time_steps_floats(q);
+        s.X_to_end = s.X + q * stride;
+        s.Y = s.X_to_end + q * stride;
+        s.St = s.Y + q * stride;
+        s.M = s.St + n * stride;
+        return s;
+    }
+    static void fill(const SsdInputs<T>& in, const Chunk& chunk, int64_t group, int64_t q_max,
+                     float* memory) {
+        fill_group_chunk(in, chunk, group, scratch_stride(q_max),
+                         place_group_chunk(memory, q_max, in.B.shape[2]));
+    }
+    // Y of one head, and its state after the chunk if `update_state`. `zero_state`: the state entering is
+    // zero and St is not read.
+    static void chunk(const SsdInputs<T>& in, const Chunk& chunk, int64_t head, int64_t q_max, float* group,
+                      HeadScratch& s, bool zero_state, bool update_state);
 };
 
 // y = Y + D x of one head and chunk.
-template <class T>
-HWY_INLINE void write_y(const HeadRun<T>& run, const Chunk& chunk, const float* Y) {
+template <class Engine, class T>
+HWY_INLINE void write_y(const SsdInputs<T>& in, const Chunk& chunk, int64_t head, const float* Y,
+                        View<T, 3> out) {
     const FloatTag d;
-    const View<const float, 2>& D = run.in->D;
-    const int64_t p = run.in->x.shape[2], lanes = float_lanes(), stride = scratch_stride(p);
-    const float* D_row = D ? D.row(run.head) : nullptr;
+    const View<const float, 2>& D = in.D;
+    const int64_t p = in.x.shape[2], lanes = float_lanes(), stride = scratch_stride(p);
+    const float* D_row = D ? D.row(head) : nullptr;
     const bool wide = D && D.shape[1] > 1;
     for (int64_t i = 0; i < chunk.length; ++i) {
-        const T* x = run.in->x.row(chunk.begin + i) + run.head * p;
-        T* y = run.y.row(chunk.begin + i) + run.head * p;
+        const T* x = in.x.row(chunk.begin + i) + head * p;
+        T* y = out.row(chunk.begin + i) + head * p;
         const float* row = Y + i * stride;
         int64_t j = 0;
         for (; j + lanes <= p; j += lanes) {
@@ -75,7 +85,7 @@ HWY_INLINE void write_y(const HeadRun<T>& run, const Chunk& chunk, const float* 
             if (D_row != nullptr) {
                 v = hn::MulAdd(wide ? load_floats(D_row + j) : hn::Set(d, D_row[0]), load_floats(x + j), v);
             }
-            store_floats(v, y + j);
+            Engine::store(v, y + j);
         }
         for (; j < p; ++j) {
             const float skip = D_row == nullptr ? 0.0f : D_row[wide ? j : 0] * static_cast<float>(x[j]);
@@ -94,15 +104,15 @@ HWY_INLINE void prefetch_rows(const View<const T, 3>& rows, const Chunk& chunk, 
     }
 }
 
-// One chunk of one head. `zero_state`: the state entering is zero and St is not read.
 template <class T>
-HWY_INLINE void chunk_forward(const HeadRun<T>& run, const Chunk& chunk, const GroupChunk& shared,
-                              HeadScratch& s, bool zero_state, bool update_state) {
-    const int64_t p = run.in->x.shape[2], n = run.in->B.shape[2], q = chunk.length;
+void FloatEngine<T>::chunk(const SsdInputs<T>& in, const Chunk& chunk, int64_t head, int64_t q_max,
+                           float* group, HeadScratch& s, bool zero_state, bool update_state) {
+    const int64_t p = in.x.shape[2], n = in.B.shape[2], q = chunk.length;
     const int64_t stride_p = scratch_stride(p), stride_n = scratch_stride(n),
-                  stride_q = scratch_stride(run.q_max);
-    load_time_steps(*run.in, chunk, run.head, s.steps);
-    pack_x(*run.in, chunk, run.head, s.steps, s.X, s.X_to_end);
+                  stride_q = scratch_stride(q_max);
+    const GroupChunk shared = place_group_chunk(group, q_max, n);
+    load_time_steps(in, chunk, head, s.steps);
+    pack_x(in, chunk, head, s.steps, s.X, s.X_to_end);
     float* const M = s.M;
     const float* const G = shared.G;
     for_each_decay(
@@ -135,7 +145,6 @@ HWY_INLINE void chunk_forward(const HeadRun<T>& run, const Chunk& chunk, const G
               .beta = zero_state ? nullptr : s.steps.from_start,
               .beta_stride = 1},
              Triangle::lower);
-    write_y(run, chunk, s.Y);
     if (update_state) {
         multiply({.a = shared.B,
                   .a_row = 1,
@@ -149,6 +158,16 @@ HWY_INLINE void chunk_forward(const HeadRun<T>& run, const Chunk& chunk, const G
                   .depth = q,
                   .beta = zero_state ? nullptr : &s.steps.total});
     }
+}
+
+// A new session's state is zero: the first chunk then needs no product with it.
+bool all_zero(const float* x, int64_t count) {
+    const FloatTag d;
+    int64_t i = 0;
+    for (; i + float_lanes() <= count; i += float_lanes()) {
+        if (!hn::AllTrue(d, hn::Eq(load_floats(x + i), hn::Zero(d)))) return false;
+    }
+    return std::all_of(x + i, x + count, [](float v) { return v == 0.0f; });
 }
 
 // [p n] dense -> S^T with zero padding, and back.
@@ -165,7 +184,7 @@ void store_state(const float* St, int64_t p, int64_t n, float* state) {
     transpose(St, scratch_stride(p), n, p, state, n);
 }
 
-template <class T>
+template <class T, class Engine>
 struct Forward {
     const Exec& ex;
     const SsdInputs<T>& in;
@@ -177,25 +196,24 @@ struct Forward {
     int64_t workers;
 
     // The chunks of sequence s inside first .. last, for one head.
-    void run_head(int64_t s, int64_t head, int64_t first, int64_t last, HeadScratch& m) const {
+    void run_head(int64_t s, int64_t head, int64_t first, int64_t last, typename Engine::Scratch& m) const {
         const int64_t begin = std::max(first, list.first[s]), end = std::min(last, list.first[s + 1]);
-        const HeadRun<T> run{&in, y, chunk_states, q, head, head / (h / g)};
         const bool starts = begin == list.first[s], ends = end == list.first[s + 1];
         const float* initial = in.initial_state ? in.initial_state.row(s) + head * p * n : nullptr;
         const int64_t St_size = n * scratch_stride(p);
-        bool zero_state = starts && initial == nullptr;
+        bool zero_state = starts && (initial == nullptr || all_zero(initial, p * n));
         if (starts) {
-            load_state(initial, p, n, m.St);
+            load_state(zero_state ? nullptr : initial, p, n, m.St);
         } else {
             std::copy(carry_in + head * St_size, carry_in + (head + 1) * St_size, m.St);
         }
         for (int64_t c = begin; c < end; ++c) {
             if (chunk_states) store_state(m.St, p, n, chunk_states.row(c) + head * p * n);
-            const GroupChunk group_chunk =
-                place_group_chunk(shared + ((c - first) * g + run.group) * group_chunk_floats(q, n), q, n);
+            float* const group = shared + ((c - first) * g + head / (h / g)) * Engine::group_floats(q, n);
             const bool update_state = c + 1 < end || !ends || final_state;
             if (c + 1 < end) prefetch_rows(in.x, list.chunks[c + 1], head);
-            chunk_forward(run, list.chunks[c], group_chunk, m, zero_state, update_state);
+            Engine::chunk(in, list.chunks[c], head, q, group, m, zero_state, update_state);
+            write_y<Engine>(in, list.chunks[c], head, m.Y, y);
             zero_state = false;
         }
         if (ends && final_state) store_state(m.St, p, n, final_state.row(s) + head * p * n);
@@ -212,7 +230,8 @@ struct Forward {
         for (int64_t s = s_begin; s < s_end; ++s) total += h * cost(s);
         parallel_for(ex, workers, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
             for (int64_t w = begin; w < end; ++w) {
-                HeadScratch m = place_head_scratch(scratch + w * head_scratch_floats(q, p, n), q, p, n);
+                typename Engine::Scratch m =
+                    Engine::place(scratch + w * Engine::scratch_floats(q, p, n), q, p, n);
                 int64_t position = 0;
                 for (int64_t s = s_begin; s < s_end; ++s) {
                     for (int64_t head = 0; head < h; ++head, position += cost(s)) {
@@ -224,38 +243,43 @@ struct Forward {
     }
 };
 
-template <class T>
+template <class T, class Engine = FloatEngine<T>>
 void forward(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> final_state,
              View<float, 4> chunk_states, int64_t chunk) {
     ChunkList list = ssd_detail::make_chunks(in.cu_seqlens, chunk);
     const int64_t q = list.longest, count = static_cast<int64_t>(list.chunks.size());
     const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
-    const int64_t per_chunk = g * group_chunk_floats(q, n), per_worker = head_scratch_floats(q, p, n);
+    const int64_t per_chunk = g * Engine::group_floats(q, n), per_worker = Engine::scratch_floats(q, p, n);
     const int64_t slab = std::max<int64_t>(1, std::min(count, kSlabFloats / per_chunk));
     const int64_t carry = h * n * scratch_stride(p), workers = std::max(ex.threads, 1);
     const Scratch<float> memory(ex, static_cast<size_t>(slab * per_chunk + 2 * carry + workers * per_worker));
     float* const carry_memory = memory.data() + slab * per_chunk;
-    Forward<T> f{ex,
-                 in,
-                 y,
-                 final_state,
-                 chunk_states,
-                 std::move(list),
-                 h,
-                 p,
-                 g,
-                 n,
-                 q,
-                 memory.data(),
-                 carry_memory,
-                 carry_memory + carry,
-                 carry_memory + 2 * carry,
-                 workers};
+    Forward<T, Engine> f{ex,
+                         in,
+                         y,
+                         final_state,
+                         chunk_states,
+                         std::move(list),
+                         h,
+                         p,
+                         g,
+                         n,
+                         q,
+                         memory.data(),
+                         carry_memory,
+                         carry_memory + carry,
+                         carry_memory + 2 * carry,
+                         workers};
     const int64_t sequences = static_cast<int64_t>(in.cu_seqlens.size()) - 1;
     int64_t s = 0, first = 0;
     do {
         const int64_t last = std::min(count, first + slab);
-        fill_group_chunks(ex, in, f.list, first, last, f.shared);
+        parallel_for(ex, (last - first) * g, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
+            for (int64_t i = begin; i < end; ++i) {
+                Engine::fill(in, f.list.chunks[first + i / g], i % g, q,
+                             f.shared + i * Engine::group_floats(q, n));
+            }
+        });
         int64_t s_end = s;  // one past the last sequence with work in this slab
         while (s_end < sequences && (f.list.first[s_end] < last || f.list.first[s_end + 1] <= last)) ++s_end;
         f.run_slab(first, last, s, s_end);
@@ -265,72 +289,104 @@ void forward(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4
     } while (first < count);
 }
 
-// kRows rows of one head's state: advanced and read out, n elements each, in one pass over memory.
-template <int kRows, class T>
-HWY_INLINE void step_rows(float a, const float* X, const T* B, const T* C, int64_t n, float* HWY_RESTRICT S,
-                          float* HWY_RESTRICT out) {
-    const FloatTag d;
-    const int64_t lanes = float_lanes();
-    const FloatVec decay_v = hn::Set(d, a);
-    FloatVec sum[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] = hn::Zero(d);
-    int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        const FloatVec b = load_floats(B + i), c = load_floats(C + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            float* const s = S + r * n + i;
-            const FloatVec v = hn::MulAdd(hn::Set(d, X[r]), b, hn::Mul(decay_v, load_floats(s)));
-            store_floats(v, s);
-            sum[r] = hn::MulAdd(c, v, sum[r]);
-        }
+// Consecutive rows of one head's state.
+template <class T>
+struct StepRows {
+    float dt, decay;
+    const T *x, *B, *C;
+    const float* D;  // or null
+    int64_t D_step;
+    float* state;
+    T* y;
+
+    StepRows from(int64_t row, int64_t n) const {
+        StepRows s = *this;
+        s.x += row;
+        s.y += row;
+        s.state += row * n;
+        s.D += s.D != nullptr ? row * D_step : 0;
+        return s;
     }
-    for (int r = 0; r < kRows; ++r) {
-        out[r] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
-        for (int64_t k = i; k < n; ++k) {
-            float& v = S[r * n + k];
-            v = a * v + X[r] * static_cast<float>(B[k]);
-            out[r] += static_cast<float>(C[k]) * v;
-        }
-    }
-}
+};
 
 template <class T>
-void step_head(const SsdInputs<T>& in, int64_t s, int64_t head, float* state, T* y) {
+StepRows<T> step_rows_of(const SsdInputs<T>& in, int64_t s, int64_t head, View<float, 4> state,
+                         View<T, 3> y) {
     const FloatTag d;
     const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
     const float bias = in.dt_bias ? in.dt_bias.data[head * in.dt_bias.stride] : 0.0f;
     const FloatVec dt_v = time_step(in, hn::Set(d, static_cast<float>(in.dt.row(s)[head]) + bias));
     const float dt = hn::GetLane(dt_v);
-    const float a = hn::GetLane(decay(hn::Set(d, dt * in.A.data[head * in.A.stride])));
-    const T* x = in.x.row(s) + head * p;
-    const T* B = in.B.row(s) + head / (h / g) * n;
-    const T* C = in.C.row(s) + head / (h / g) * n;
-    constexpr int kRows = 4;
-    float X[kRows], out[kRows];
-    for (int64_t i = 0; i < p; i += kRows) {
-        const int64_t rows = std::min<int64_t>(kRows, p - i);
-        for (int64_t r = 0; r < rows; ++r) X[r] = dt * static_cast<float>(x[i + r]);
-        if (rows == kRows) {
-            step_rows<kRows>(a, X, B, C, n, state + i * n, out);
-        } else {
-            for (int64_t r = 0; r < rows; ++r) step_rows<1>(a, X + r, B, C, n, state + (i + r) * n, out + r);
+    return {.dt = dt,
+            .decay = hn::GetLane(decay(hn::Set(d, dt * in.A.data[head * in.A.stride]))),
+            .x = in.x.row(s) + head * p,
+            .B = in.B.row(s) + head / (h / g) * n,
+            .C = in.C.row(s) + head / (h / g) * n,
+            .D = in.D ? in.D.row(head) : nullptr,
+            .D_step = in.D && in.D.shape[1] > 1 ? 1 : 0,
+            .state = state.row(s) + head * p * n,
+            .y = y.row(s) + head * p};
+}
+
+// `rows` rows of each stream, side by side, in one pass over memory.
+template <int kStreams, class T>
+HWY_INLINE void step_streams(const StepRows<T>* streams, int64_t rows, int64_t n) {
+    const FloatTag d;
+    const int64_t lanes = float_lanes(), whole = n / lanes * lanes;
+    for (int64_t row = 0; row < rows; ++row) {
+        FloatVec sum[kStreams], X[kStreams], decays[kStreams];
+#pragma GCC unroll 4
+        for (int r = 0; r < kStreams; ++r) {
+            sum[r] = hn::Zero(d);
+            X[r] = hn::Set(d, streams[r].dt * static_cast<float>(streams[r].x[row]));
+            decays[r] = hn::Set(d, streams[r].decay);
         }
-        for (int64_t r = 0; r < rows; ++r) {
-            const float skip = in.D ? in.D.row(head)[in.D.shape[1] > 1 ? i + r : 0] : 0.0f;
-            y[i + r] = static_cast<T>(out[r] + skip * static_cast<float>(x[i + r]));
+        for (int64_t i = 0; i < whole; i += lanes) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kStreams; ++r) {
+                float* const s = streams[r].state + row * n + i;
+                const FloatVec input = hn::Mul(X[r], load_floats(streams[r].B + i));
+                const FloatVec v = hn::MulAdd(decays[r], load_floats(s), input);
+                store_floats(v, s);
+                sum[r] = hn::MulAdd(load_floats(streams[r].C + i), v, sum[r]);
+            }
+        }
+        for (int r = 0; r < kStreams; ++r) {
+            const StepRows<T>& s = streams[r];
+            const float x = static_cast<float>(s.x[row]);
+            float out = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+            for (int64_t k = whole; k < n; ++k) {
+                float& v = s.state[row * n + k];
+                v = s.decay * v + s.dt * x * static_cast<float>(s.B[k]);
+                out += static_cast<float>(s.C[k]) * v;
+            }
+            s.y[row] = static_cast<T>(out + (s.D != nullptr ? s.D[row * s.D_step] * x : 0.0f));
         }
     }
 }
 
+// A thread reads its states as kStreams long streams, a quarter of its heads each: the hardware's prefetchers
+// follow a stream, and would have to find it again for every block of neighbouring rows.
 template <class T>
 void step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
+    constexpr int kStreams = 4;
     const int64_t h = in.x.shape[1], p = in.x.shape[2], n = in.B.shape[2];
     parallel_for(ex, in.x.shape[0] * h, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t s = i / h, head = i % h;
-            step_head(in, s, head, state.row(s) + head * p * n, y.row(s) + head * p);
+        const auto rows_of = [&](int64_t i) { return step_rows_of(in, i / h, i % h, state, y); };
+        const int64_t quarter = (end - begin) / kStreams;
+        for (int64_t i = begin; i < begin + quarter; ++i) {
+            const StepRows<T> streams[kStreams] = {rows_of(i), rows_of(i + quarter), rows_of(i + 2 * quarter),
+                                                   rows_of(i + 3 * quarter)};
+            step_streams<kStreams>(streams, p, n);
+        }
+        const int64_t part = p / kStreams;
+        for (int64_t i = begin + kStreams * quarter; i < end; ++i) {
+            const StepRows<T> head = rows_of(i);
+            const StepRows<T> streams[kStreams] = {head, head.from(part, n), head.from(2 * part, n),
+                                                   head.from(3 * part, n)};
+            step_streams<kStreams>(streams, part, n);
+            const StepRows<T> last = head.from(kStreams * part, n);
+            step_streams<1>(&last, p - kStreams * part, n);
         }
     });
 }
@@ -343,6 +399,11 @@ void SsdF32(const Exec& ex, const SsdInputs<float>& in, View<float, 3> y, View<f
 }
 void SsdBf16(const Exec& ex, const SsdInputs<bf16>& in, View<bf16, 3> y, View<float, 4> final_state,
              View<float, 4> chunk_states, int64_t chunk) {
+#if SSM_SSD_PAIRS
+    if (PairEngine::suits(in.x.shape[2], in.B.shape[2])) {
+        return forward<bf16, PairEngine>(ex, in, y, final_state, chunk_states, chunk);
+    }
+#endif
     forward(ex, in, y, final_state, chunk_states, chunk);
 }
 void SsdStepF32(const Exec& ex, const SsdInputs<float>& in, View<float, 4> state, View<float, 3> y) {

@@ -6,6 +6,10 @@
 // Rows of `panel` and `out` are padded to whole vectors: columns up to the next multiple of Lanes are read
 // and written. A may be read transposed (a_row = 1): its elements are broadcast one by one.
 //
+// The elements of A and panel are f32, or pairs of bf16 (PairProduct): one 32-bit word holds A(i, 2k) in its
+// lower half and A(i, 2k+1) in its upper half, a word of `panel` two elements of one column; `depth`, a_k and
+// the strides count words. Sums are f32 in both.
+//
 // Triangles are skipped in steps of one tile of rows, so the other triangle must be zero inside the tiles on
 // the diagonal: up to tile_end(i, rows) in row i.
 #if defined(SSM_OPS_SSD_GEMM_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -19,6 +23,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 HWY_BEFORE_NAMESPACE();
 namespace ssm::HWY_NAMESPACE {
@@ -29,6 +34,27 @@ namespace hn = hwy::HWY_NAMESPACE;
 inline constexpr int64_t kTileRows = 6;
 inline constexpr int kTileVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;
 using FloatTag = hn::CappedTag<float, 16>;
+using FloatVec = hn::Vec<FloatTag>;
+using PairTag = hn::RebindToUnsigned<FloatTag>;
+using PairVec = hn::Vec<PairTag>;
+
+// Whether this instruction set's code can multiply pairs; the processor must be asked too (ssd_pairs-inl.h).
+// Highway 1.0.3 has no such operation, and its AVX-512 target does not include the extension.
+#undef SSM_SSD_PAIRS
+#if HWY_ARCH_X86_64 && HWY_TARGET <= HWY_AVX3 && defined(__GNUC__)
+#define SSM_SSD_PAIRS 1
+#else
+#define SSM_SSD_PAIRS 0
+#endif
+
+HWY_INLINE FloatVec multiply_add(FloatVec a, FloatVec b, FloatVec sum) { return hn::MulAdd(a, b, sum); }
+#if SSM_SSD_PAIRS
+HWY_INLINE FloatVec multiply_add(PairVec a, PairVec b, FloatVec sum) {
+    __m512 out = sum.raw;
+    asm("vdpbf16ps %2, %1, %0" : "+v"(out) : "v"(a.raw), "v"(b.raw));
+    return FloatVec{out};
+}
+#endif
 
 // The end of the tile of rows that row i lies in.
 HWY_INLINE int64_t tile_end(int64_t i, int64_t rows) {
@@ -42,10 +68,11 @@ enum class Triangle {
     out_lower,  // only the lower triangle of `out` is wanted
 };
 
-struct Product {
-    const float* a;
+template <class E>
+struct ProductOf {
+    const E* a;
     int64_t a_row, a_k;
-    const float* panel;
+    const E* panel;
     int64_t panel_stride;
     float* out;
     int64_t out_stride;
@@ -53,11 +80,15 @@ struct Product {
     const float* beta = nullptr;  // absent: `out` is not read
     int64_t beta_stride = 0;      // 1: one beta per row
 };
+using Product = ProductOf<float>;
+using PairProduct = ProductOf<uint32_t>;
 
-template <int kRows, int kVectors>
-HWY_INLINE void multiply_tile(const Product& s, int64_t row, int64_t column, int64_t k_begin, int64_t k_end) {
+template <int kRows, int kVectors, class E>
+HWY_INLINE void multiply_tile(const ProductOf<E>& s, int64_t row, int64_t column, int64_t k_begin,
+                              int64_t k_end) {
     const FloatTag d;
-    using V = hn::Vec<FloatTag>;
+    const hn::Rebind<E, FloatTag> de;
+    using V = FloatVec;
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
     V sum[kRows][kVectors];
     float* out = s.out + row * s.out_stride + column;
@@ -70,17 +101,17 @@ HWY_INLINE void multiply_tile(const Product& s, int64_t row, int64_t column, int
                                                     hn::LoadU(d, out + r * s.out_stride + v * lanes));
         }
     }
-    const float* a = s.a + row * s.a_row + k_begin * s.a_k;
-    const float* panel = s.panel + k_begin * s.panel_stride + column;
+    const E* a = s.a + row * s.a_row + k_begin * s.a_k;
+    const E* panel = s.panel + k_begin * s.panel_stride + column;
     for (int64_t k = k_begin; k < k_end; ++k) {
-        V p[kVectors];
+        hn::Vec<decltype(de)> p[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) p[v] = hn::LoadU(d, panel + v * lanes);
+        for (int v = 0; v < kVectors; ++v) p[v] = hn::LoadU(de, panel + v * lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-            const V factor = hn::Set(d, a[r * s.a_row]);
+            const auto factor = hn::Set(de, a[r * s.a_row]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(factor, p[v], sum[r][v]);
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, p[v], sum[r][v]);
         }
         a += s.a_k;
         panel += s.panel_stride;
@@ -92,13 +123,15 @@ HWY_INLINE void multiply_tile(const Product& s, int64_t row, int64_t column, int
     }
 }
 
-template <int kVectors>
-HWY_NOINLINE void multiply_columns(const Product& s, Triangle triangle, int64_t column) {
+template <int kVectors, class E>
+HWY_NOINLINE void multiply_columns(const ProductOf<E>& s, Triangle triangle, int64_t column) {
+    constexpr int64_t kPerWord = std::is_same_v<E, float> ? 1 : 2;
     int64_t i = triangle == Triangle::out_lower ? column / kTileRows * kTileRows : 0;
     for (; i < s.rows; i += kTileRows) {
         const int64_t rows = std::min(kTileRows, s.rows - i);
-        const int64_t k_begin = triangle == Triangle::upper ? i : 0;
-        const int64_t k_end = triangle == Triangle::lower ? std::min(s.depth, i + rows) : s.depth;
+        const int64_t k_begin = triangle == Triangle::upper ? i / kPerWord : 0;
+        const int64_t k_end =
+            triangle == Triangle::lower ? std::min(s.depth, (i + rows + kPerWord - 1) / kPerWord) : s.depth;
         switch (rows) {
             case 1: multiply_tile<1, kVectors>(s, i, column, k_begin, k_end); break;
             case 2: multiply_tile<2, kVectors>(s, i, column, k_begin, k_end); break;
@@ -110,7 +143,8 @@ HWY_NOINLINE void multiply_columns(const Product& s, Triangle triangle, int64_t 
     }
 }
 
-HWY_INLINE void multiply(const Product& s, Triangle triangle = Triangle::none) {
+template <class E>
+HWY_INLINE void multiply_any(const ProductOf<E>& s, Triangle triangle) {
     const int64_t lanes = static_cast<int64_t>(hn::Lanes(FloatTag()));
     int64_t column = 0;
     const auto vectors_left = [&] { return (s.columns - column + lanes - 1) / lanes; };
@@ -124,6 +158,13 @@ HWY_INLINE void multiply(const Product& s, Triangle triangle = Triangle::none) {
         default: break;
     }
 }
+
+HWY_INLINE void multiply(const Product& s, Triangle triangle = Triangle::none) { multiply_any(s, triangle); }
+#if SSM_SSD_PAIRS
+HWY_INLINE void multiply_pairs(const PairProduct& s, Triangle triangle = Triangle::none) {
+    multiply_any(s, triangle);
+}
+#endif
 
 }  // namespace ssm::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

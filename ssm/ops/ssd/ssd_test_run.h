@@ -1,0 +1,68 @@
+// Calls of ssd and ssd_backward for the tests: outputs start as NaN, gradients at kGradientStart.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include "ssm/ops/ssd/ssd.h"
+#include "ssm/ops/ssd/ssd_test_reference.h"
+#include "tests/support/compare.h"
+#include "tests/support/gradcheck.h"
+
+namespace ssm::test {
+
+template <class T>
+struct Outputs {
+    std::vector<T> y;
+    std::vector<float> final_state, chunk_states;
+};
+
+inline int64_t state_size(const SsdCase& c) { return c.h * c.p * c.n; }
+
+template <class T>
+Outputs<T> run(const SsdCase& c, SsdInputs<T> in, int64_t chunk, int threads = 2) {
+    const Exec ex = make_cpu_exec(threads);
+    StridedRows<T> y(c.t(), c.h * c.p, c.padding);
+    const int64_t chunks = ssd_chunks(c.cu_seqlens, chunk);
+    Outputs<T> o{{}, nan_vector(c.s() * state_size(c)), nan_vector(chunks * state_size(c))};
+    ssd<T>(ex, in, y.template view<T, 3>({c.t(), c.h, c.p}),
+           View<float, 4>(o.final_state.data(), {c.s(), c.h, c.p, c.n}),
+           View<float, 4>(o.chunk_states.data(), {chunks, c.h, c.p, c.n}), {.chunk = chunk});
+    EXPECT_TRUE(y.padding_intact());
+    o.y = y.dense();
+    return o;
+}
+
+struct Gradients {
+    std::vector<float> x, dt, A, B, C, D, dt_bias, initial_state;
+};
+
+// Gradients of sum(grad_y y) + sum(grad_final_state final_state), in buffers that start at kGradientStart.
+template <class T>
+Gradients run_backward(const SsdCase& c, SsdInputs<T> in, const std::vector<float>& chunk_states,
+                       const std::vector<float>& grad_y, const std::vector<float>& grad_final_state,
+                       int64_t chunk, int threads = 2) {
+    const Exec ex = make_cpu_exec(threads);
+    const auto start = [](int64_t count) { return std::vector<float>(count, kGradientStart); };
+    Gradients g{start(c.t() * c.h * c.p), start(c.t() * c.h),     start(c.h), start(c.t() * c.g * c.n),
+                start(c.t() * c.g * c.n), start(c.h * c.D_width), start(c.h), start(c.s() * state_size(c))};
+    SsdGradients v;
+    v.x = {g.x.data(), {c.t(), c.h, c.p}};
+    v.dt = {g.dt.data(), {c.t(), c.h}};
+    v.A = {g.A.data(), {c.h}};
+    v.B = {g.B.data(), {c.t(), c.g, c.n}};
+    v.C = {g.C.data(), {c.t(), c.g, c.n}};
+    if (c.D_width > 0) v.D = {g.D.data(), {c.h, c.D_width}};
+    if (c.dt_bias) v.dt_bias = {g.dt_bias.data(), {c.h}};
+    v.initial_state = {g.initial_state.data(), {c.s(), c.h, c.p, c.n}};
+    View<const float, 4> grad_final;
+    if (!grad_final_state.empty()) grad_final = {grad_final_state.data(), {c.s(), c.h, c.p, c.n}};
+    ssd_backward<T>(
+        ex, in, View<const float, 4>(chunk_states.data(), {ssd_chunks(c.cu_seqlens, chunk), c.h, c.p, c.n}),
+        View<const float, 3>(grad_y.data(), {c.t(), c.h, c.p}), grad_final, v, {.chunk = chunk});
+    for (std::vector<float>* f : {&g.x, &g.dt, &g.A, &g.B, &g.C, &g.D, &g.dt_bias, &g.initial_state}) {
+        *f = added(std::move(*f));
+    }
+    return g;
+}
+
+}  // namespace ssm::test
