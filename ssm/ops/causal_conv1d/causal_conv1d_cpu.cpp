@@ -244,7 +244,7 @@ struct BlockBackward {
         for (int64_t i = 0; i < count; ++i) {
             float* row = InputRow(s, p + i);
             if (row == nullptr) continue;
-            Vec sum = Load(tag, row + c, lanes);
+            Vec sum = grad.set_x && p + i >= 0 ? hn::Zero(tag) : Load(tag, row + c, lanes);
             for (int64_t j = 0; j < k(); ++j) {
                 const Vec out = hn::Load(tag, memory.g + (i + k() - 1 - j) * kLanes);
                 sum = hn::MulAdd(hn::Load(tag, memory.weight + j * kLanes), out, sum);

@@ -67,9 +67,9 @@ HWY_INLINE ScanVec SoftplusWithSlope(ScanVec x, ScanVec& slope) {
 }
 
 template <class Lanes>
-HWY_INLINE void AddTo(float* p, ScanVec v, Lanes lanes) {
+HWY_INLINE void AddOrSet(bool set, float* p, ScanVec v, Lanes lanes) {
     const ScanTag d;
-    Store(d, hn::Add(Load(d, p, lanes), v), p, lanes);
+    Store(d, set ? v : hn::Add(Load(d, p, lanes), v), p, lanes);
 }
 
 // One block of channels of one chunk: tokens t .. t + count, channels c ...
@@ -208,8 +208,9 @@ struct ChunkBackward {
                 hn::Mul(hn::MulAdd(u, s, hn::Load(d, memory.e + at)), hn::Load(d, memory.slope + at));
             gD = hn::MulAdd(g, u, gD);
             gbias = hn::Add(gbias, gdelta);
-            if (grad.u) AddTo(grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
-            if (grad.delta) AddTo(grad.delta.row(t + i) + c, gdelta, lanes);
+            if (grad.u)
+                AddOrSet(grad.set.u, grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
+            if (grad.delta) AddOrSet(grad.set.delta, grad.delta.row(t + i) + c, gdelta, lanes);
             if (grad.z) {
                 // silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
                 const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), one = hn::Set(d, 1.0f);
@@ -217,7 +218,7 @@ struct ChunkBackward {
                 const ScanVec slope = hn::Mul(gate, hn::MulAdd(z, hn::Sub(one, gate), one));
                 const ScanVec gy = Load(d, grad_y.row(t + i) + c, lanes);
                 const ScanVec y = hn::Load(d, memory.y + at);
-                AddTo(grad.z.row(t + i) + c, hn::Mul(hn::Mul(gy, y), slope), lanes);
+                AddOrSet(grad.set.z, grad.z.row(t + i) + c, hn::Mul(hn::Mul(gy, y), slope), lanes);
             }
         }
         hn::Store(gD, d, memory.gD + block * kLanes);
@@ -330,8 +331,8 @@ struct Backward {
         }
     }
 
-    // rows [t n] += the partial sums of the groups, in their order
-    void AddPartials(const Exec& ex, const float* partial, int64_t groups, View<float, 2> rows) {
+    // rows [t n] += (or =) the partial sums of the groups, in their order
+    void AddPartials(const Exec& ex, const float* partial, int64_t groups, bool set, View<float, 2> rows) {
         if (!rows) return;
         parallel_for(ex, t(), 256, [&](int64_t begin, int64_t end) {
             const ScanTag tag;
@@ -341,7 +342,7 @@ struct Backward {
                     for (int64_t g = 0; g < groups; ++g) {
                         sum = hn::Add(sum, Load(tag, partial + (g * t() + i) * n() + j, lanes));
                     }
-                    AddTo(rows.row(i) + j, sum, lanes);
+                    AddOrSet(set, rows.row(i) + j, sum, lanes);
                 });
             }
         });
@@ -354,8 +355,8 @@ struct Backward {
             const GroupMemory memory(scratch.data(), n(), q);
             for (int64_t group = begin; group < end; ++group) RunGroup(memory, group);
         });
-        AddPartials(ex, partial_B, groups, grad.B);
-        AddPartials(ex, partial_C, groups, grad.C);
+        AddPartials(ex, partial_B, groups, grad.set.B, grad.B);
+        AddPartials(ex, partial_C, groups, grad.set.C, grad.C);
     }
 };
 
