@@ -81,19 +81,20 @@ struct ChunkBackward {
     const GroupMemory& memory;
     int64_t block;  // within the group
     int64_t t, count, c;
+    int64_t next_t, next_c;  // the block that comes after this one: prefetched
     Lanes lanes;
 
     // No hardware prefetcher follows one cache line per row: asks for the rows that Finish will add to, and
     // for the inputs of the next block.
-    HWY_INLINE void PrefetchToken(int64_t row) const noexcept {
+    HWY_INLINE void PrefetchToken(int64_t i) const noexcept {
+        const int64_t row = t + i, next = std::min(next_t + i, in.u.shape[0] - 1);
         if (grad.u) hwy::Prefetch(grad.u.row(row) + c);
         if (grad.delta) hwy::Prefetch(grad.delta.row(row) + c);
         if (grad.z) hwy::Prefetch(grad.z.row(row) + c);
-        if (c + kLanes >= in.u.shape[1]) return;
-        hwy::Prefetch(in.u.row(row) + c + kLanes);
-        hwy::Prefetch(in.delta.row(row) + c + kLanes);
-        hwy::Prefetch(grad_y.row(row) + c + kLanes);
-        if (in.z) hwy::Prefetch(in.z.row(row) + c + kLanes);
+        hwy::Prefetch(in.u.row(next) + next_c);
+        hwy::Prefetch(in.delta.row(next) + next_c);
+        hwy::Prefetch(grad_y.row(next) + next_c);
+        if (in.z) hwy::Prefetch(in.z.row(next) + next_c);
     }
 
     void Prepare() noexcept {
@@ -101,7 +102,7 @@ struct ChunkBackward {
         const ScanVec bias = LoadChannels(in.delta_bias, c, lanes), skip = LoadChannels(in.D, c, lanes);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = i * kLanes;
-            PrefetchToken(t + i);
+            PrefetchToken(i);
             ScanVec dt = hn::Add(Load(d, in.delta.row(t + i) + c, lanes), bias), slope = hn::Set(d, 1.0f);
             if (in.delta_softplus) dt = SoftplusWithSlope(dt, slope);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
@@ -287,9 +288,12 @@ struct Backward {
             const int64_t count = std::min(chunk, in.cu_seqlens[s + 1] - begin);
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t c = c0 + b * kLanes;
+                const bool last = b + 1 == blocks;
+                const int64_t next_t = last ? std::max<int64_t>(begin - chunk, 0) : begin;
+                const int64_t next_c = last ? c0 : c + kLanes;
                 WithLanes(c, d(), [&](auto lanes) {
-                    ChunkBackward<T, decltype(lanes)> work{in,    grad_y, grad, memory, b,
-                                                           begin, count,  c,    lanes};
+                    ChunkBackward<T, decltype(lanes)> work{in,    grad_y, grad,   memory, b,    begin,
+                                                           count, c,      next_t, next_c, lanes};
                     work.Run(chunk_states.row(index) + c * n());
                 });
             }

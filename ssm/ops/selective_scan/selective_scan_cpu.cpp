@@ -42,6 +42,8 @@ struct BlockWalk {
     Lanes lanes;
     const float* A;  // [n kLanes]
     float* h;        // [n kLanes]
+    // What is walked after this: so many tokens on, at channel next_c.
+    int64_t next_tokens, next_c;
     Tile tile;
 
     // dt, x and, if kReadOut, D u of tokens t .. t + count; returns the sum of dt. A block's part of a row is
@@ -54,10 +56,9 @@ struct BlockWalk {
         const ScanVec log2e = hn::Set(d, kLog2e);
         ScanVec sum = hn::Zero(d);
         for (int64_t i = 0; i < count; ++i) {
-            if (c + kLanes < in.u.shape[1]) {
-                hwy::Prefetch(in.delta.row(t + i) + c + kLanes);
-                hwy::Prefetch(in.u.row(t + i) + c + kLanes);
-            }
+            const int64_t next = std::min(t + i + next_tokens, in.u.shape[0] - 1);
+            hwy::Prefetch(in.delta.row(next) + next_c);
+            hwy::Prefetch(in.u.row(next) + next_c);
             if constexpr (kReadOut) {
                 if (in.z) hwy::Prefetch(in.z.row(t + i) + c);
                 hwy::Prefetch(y.row(t + i) + c);
@@ -162,7 +163,9 @@ struct Forward {
             const int64_t limit = chunk_states ? std::min(kTile, chunk - into) : kTile;
             const int64_t next = std::min(t + limit, last);
             for_each_block([&](int64_t at, int64_t offset) {
-                WithLanes(at, d(), [&](auto lanes) { Advance(t, next, at, lanes, A + offset, h + offset); });
+                const int64_t after = at + kLanes < end ? at + kLanes : c;
+                WithLanes(at, d(),
+                          [&](auto lanes) { Advance(t, next, at, after, lanes, A + offset, h + offset); });
             });
             t = next;
         }
@@ -171,8 +174,9 @@ struct Forward {
         });
     }
     template <class Lanes>
-    void Advance(int64_t begin, int64_t end, int64_t c, Lanes lanes, const float* A, float* h) noexcept {
-        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
+    void Advance(int64_t begin, int64_t end, int64_t c, int64_t next_c, Lanes lanes, const float* A,
+                 float* h) noexcept {
+        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, next_c <= c ? end - begin : 0, next_c, {}};
         walk.template Walk<true>(begin, end, y);
     }
 
@@ -216,7 +220,7 @@ struct Forward {
     template <class Lanes>
     void AdvanceChunk(int64_t first, int64_t last, int64_t c, Lanes lanes, const float* A, float* h,
                       float* sum) noexcept {
-        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
+        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, kTile, c, {}};
         hn::StoreU(walk.template Walk<false>(first, last, y), ScanTag(), sum);
     }
     // Tokens of a chunk.
@@ -265,7 +269,7 @@ struct Forward {
                 LoadBlock(states.row(index) + c * n(), n(), d() - c, n(), h);
                 const auto [first, last] = Tokens(index);
                 WithLanes(c, d(), [&, first = first, last = last](auto lanes) {
-                    Advance(first, last, c, lanes, A, h);
+                    Advance(first, last, c, c, lanes, A, h);
                 });
             }
         });
