@@ -1,5 +1,7 @@
 #include "ssm/autograd/derivatives.h"
 
+#include <array>
+
 #include "ssm/ops/cross_entropy/cross_entropy.h"
 #include "ssm/ops/elementwise/elementwise.h"
 #include "ssm/ops/embedding/embedding.h"
@@ -20,6 +22,31 @@ View<const T, R> value_if(const Var& v) {
 template <int R>
 View<float, R> grad_if(const Exec& ex, const Var& v) {
     return v.requires_grad() ? v.grad(ex).view<float, R>() : View<float, R>{};
+}
+// The views for an operator that can set fresh gradients. One that another of the same call adds to, because
+// an input is used twice, is zeroed instead.
+struct Target {
+    View<float, 2> view;
+    bool fresh = false;
+};
+template <size_t N>
+std::array<Target, N> targets(const Exec& ex, const Var (&vars)[N]) {
+    std::array<Target, N> all;
+    for (size_t i = 0; i < N; ++i) {
+        if (!vars[i].requires_grad()) continue;
+        const Var::GradTarget target = vars[i].grad_target(ex);
+        all[i] = {target.tensor.view<float, 2>(), target.fresh};
+    }
+    for (Target& a : all) {
+        for (const Target& b : all) {
+            if (!a.fresh || b.fresh || !b.view || b.view.data >= a.view.data + a.view.shape[1] ||
+                a.view.data >= b.view.data + b.view.shape[1])
+                continue;
+            for (int64_t i = 0; i < a.view.shape[0]; ++i) std::fill_n(a.view.row(i), a.view.shape[1], 0.0f);
+            a.fresh = false;
+        }
+    }
+    return all;
 }
 template <int R>
 View<float, R> grad_if(const Exec& ex, const Var& v, const Shape& shape) {
@@ -68,9 +95,10 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias) {
     linear(ctx.exec, x.value(), weight.value(), value_if<float, 1>(bias), y.value());
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
+            const auto [gx, gw] = targets(ex, {x, weight});
             linear_backward(ex, y.grad(ex).view<const float, 2>(), x.value(),
-                            weight.value().view<const float, 2>(), grad_if<2>(ex, x), grad_if<2>(ex, weight),
-                            grad_if<1>(ex, bias));
+                            weight.value().view<const float, 2>(), gx.view, gw.view, grad_if<1>(ex, bias),
+                            {.x = gx.fresh, .weight = gw.fresh});
         });
     }
     return y;
@@ -167,9 +195,10 @@ Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Ac
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), x, weight, bias, activation, y, w, d, k] {
             const CausalConv1dInputs<float> in{
                 x.value().view<const float, 2>(), w, value_if<float, 1>(bias), cu, {}, activation};
+            const auto [gx] = targets(ex, {x});
             causal_conv1d_backward(
                 ex, in, y.grad(ex).view<const float, 2>(), {},
-                {grad_if<2>(ex, x), grad_if<2>(ex, weight, {d, k}), grad_if<1>(ex, bias), {}});
+                {gx.view, grad_if<2>(ex, weight, {d, k}), grad_if<1>(ex, bias), {}, gx.fresh});
         });
     }
     return y;
@@ -223,17 +252,19 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
+            const auto [u, delta, B, C, z] = targets(ex, {in.u, in.delta, in.B, in.C, in.z});
             selective_scan_backward(ex, scan_inputs<float>(in, cu), chunk_states.view<const float, 3>(),
                                     y.grad(ex).view<const float, 2>(), {},
-                                    {grad_if<2>(ex, in.u),
-                                     grad_if<2>(ex, in.delta),
+                                    {u.view,
+                                     delta.view,
                                      grad_if<2>(ex, in.A),
-                                     grad_if<2>(ex, in.B),
-                                     grad_if<2>(ex, in.C),
+                                     B.view,
+                                     C.view,
                                      grad_if<1>(ex, in.D),
-                                     grad_if<2>(ex, in.z),
+                                     z.view,
                                      grad_if<1>(ex, in.delta_bias),
-                                     {}},
+                                     {},
+                                     {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}},
                                     options);
         });
     }

@@ -1,25 +1,80 @@
 #include "ssm/autograd/tape.h"
 
+#include "ssm/core/parallel.h"
 #include "ssm/ops/elementwise/elementwise.h"
 
 namespace ssm {
+namespace {
+
+constexpr int64_t kCopiedRows = 64;  // a thread is not woken for less
+
+}  // namespace
 
 bool Var::has_grad() const {
     if (!node_) return false;
     return node_->parent ? static_cast<bool>(node_->parent->grad) : static_cast<bool>(node_->grad);
 }
 
+Var::Range Var::range() const {
+    return {node_->begin, node_->begin + (value().rank() == 2 ? value().dim(1) : 1)};
+}
+
+Tensor Var::slice_of_grad() const {
+    const Tensor& grad = root().grad;
+    return node_->parent ? grad.columns(range().begin, range().end) : grad;
+}
+
+// Only matrices have slices: what is not one is unset as a whole.
+void Var::zero_unset(Node& root, Range range) {
+    std::vector<Range> left;
+    for (const Range u : root.unset) {
+        const Range both{std::max(u.begin, range.begin), std::min(u.end, range.end)};
+        if (both.begin >= both.end) {
+            left.push_back(u);
+            continue;
+        }
+        (root.grad.rank() == 2 ? root.grad.columns(both.begin, both.end) : root.grad).fill_zero();
+        if (u.begin < both.begin) left.push_back({u.begin, both.begin});
+        if (both.end < u.end) left.push_back({both.end, u.end});
+    }
+    root.unset = std::move(left);
+}
+
 Tensor Var::grad(const Exec& ex) const {
-    if (node_->parent)
-        return Var(node_->parent).grad(ex).columns(node_->begin, node_->begin + value().dim(1));
-    if (!node_->grad) node_->grad = Tensor::zeros(ex, value().shape());
-    return node_->grad;
+    Node& r = root();
+    if (!r.grad) {
+        r.grad = Tensor::zeros(ex, r.value.shape());
+    } else if (!r.unset.empty()) {
+        zero_unset(r, range());
+    }
+    return slice_of_grad();
+}
+
+Var::GradTarget Var::grad_target(const Exec& ex) const {
+    Node& r = root();
+    const Range own = range();
+    if (!r.grad) {
+        r.grad = Tensor::empty(ex, r.value.shape());
+        r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
+    }
+    for (Range& u : r.unset) {
+        if (own.begin < u.begin || u.end < own.end) continue;
+        const Range after{own.end, u.end};
+        u.end = own.begin;
+        r.unset.push_back(after);
+        std::erase_if(r.unset, [](const Range& e) { return e.begin >= e.end; });
+        return {slice_of_grad(), true};
+    }
+    return {grad(ex), false};
 }
 
 void Var::add_grad(const Exec& ex, const Tensor& g) const {
     if (!node_->parent && !node_->grad) {
         node_->grad = Tensor::empty(ex, value().shape());
-        node_->grad.copy_from(g);
+        const Tensor& copy = node_->grad;
+        parallel_for(ex, g.rank() > 0 ? g.dim(0) : 0, kCopiedRows, [&](int64_t begin, int64_t end) {
+            copy.rows(begin, end).copy_from(g.rows(begin, end));
+        });
         return;
     }
     accumulate(ex, g.view<const float, 2>(), grad(ex).view<float, 2>());
@@ -28,7 +83,7 @@ void Var::add_grad(const Exec& ex, const Tensor& g) const {
 Var Var::columns(int64_t begin, int64_t end) const {
     const std::shared_ptr<Node> root = node_->parent ? node_->parent : node_;
     return Var(std::make_shared<Node>(
-        Node{value().columns(begin, end), {}, node_->requires_grad, root, node_->begin + begin}));
+        Node{value().columns(begin, end), {}, node_->requires_grad, root, node_->begin + begin, {}}));
 }
 
 void Tape::backward() {

@@ -18,7 +18,7 @@ class Var {
 public:
     Var() = default;  // absent optional argument: `if (!var)`
     explicit Var(Tensor value, bool requires_grad = false)
-        : node_(std::make_shared<Node>(Node{std::move(value), {}, requires_grad, nullptr, 0})) {}
+        : node_(std::make_shared<Node>(Node{std::move(value), {}, requires_grad, nullptr, 0, {}})) {}
 
     explicit operator bool() const { return node_ != nullptr; }
     const Tensor& value() const { return node_->value; }
@@ -28,9 +28,19 @@ public:
 
     // The gradient's buffer, made and zeroed at the first call. Of a slice: the slice of its parent's.
     Tensor grad(const Exec& ex) const;
+    // The same for an operator that adds to the buffer or, where it is `fresh` (made now and not zeroed),
+    // must set all of it: large gradients are then written once instead of zeroed, read and written.
+    struct GradTarget {
+        Tensor tensor;
+        bool fresh;
+    };
+    GradTarget grad_target(const Exec& ex) const;
     // Drops the buffer (Tape::backward does so for what it has used up) or puts another in its place.
-    void clear_grad() const { node_->grad = {}; }
-    void set_grad(Tensor grad) const { node_->grad = std::move(grad); }
+    void clear_grad() const { set_grad({}); }
+    void set_grad(Tensor grad) const {
+        node_->grad = std::move(grad);
+        node_->unset.clear();
+    }
     // grad += g; the first time a copy.
     void add_grad(const Exec& ex, const Tensor& g) const;
 
@@ -38,12 +48,20 @@ public:
     Var columns(int64_t begin, int64_t end) const;
 
 private:
+    struct Range {
+        int64_t begin, end;
+    };
     struct Node {
         Tensor value, grad;
         bool requires_grad;
         std::shared_ptr<Node> parent;  // of a slice
         int64_t begin;
+        std::vector<Range> unset;  // columns of grad that hold no gradient yet
     };
+    Node& root() const { return node_->parent ? *node_->parent : *node_; }
+    Range range() const;  // this slice's columns of the root
+    Tensor slice_of_grad() const;
+    static void zero_unset(Node& root, Range range);
     explicit Var(std::shared_ptr<Node> node) : node_(std::move(node)) {}
     std::shared_ptr<Node> node_;
 };

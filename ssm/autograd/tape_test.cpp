@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "ssm/autograd/derivatives.h"
 #include "tests/support/gradcheck.h"
 #include "tests/support/temp_folder.h"
@@ -66,6 +68,36 @@ TEST(Var, FirstGradientIsACopy) {
     EXPECT_FALSE(x.has_grad());
 }
 
+// Blocks that the allocator hands out next hold NaN.
+void poison(const Exec& ex) {
+    std::vector<Tensor> all;
+    for (int64_t size = 16; size <= 1024; size += 16) {
+        for (int i = 0; i < 8; ++i) {
+            all.push_back(Tensor::empty(ex, {size}));
+            std::fill_n(all.back().data<float>(), size, NAN);
+        }
+    }
+}
+
+TEST(Var, FreshTargetsAreSetOnceAndTheRestIsZero) {
+    const Exec ex = make_cpu_exec(1);
+    poison(ex);
+    const Var x = variable({2, 6}, 1), left = x.columns(0, 2), right = x.columns(4, 6);
+    for (const Var& slice : {right, left}) {
+        const Var::GradTarget target = slice.grad_target(ex);
+        EXPECT_TRUE(target.fresh);
+        for (int64_t i = 0; i < 2; ++i) std::fill_n(target.tensor.view<float, 2>().row(i), 2, 1.0f);
+        EXPECT_FALSE(slice.grad_target(ex).fresh);
+    }
+    const Var::GradTarget overlap = x.columns(1, 3).grad_target(ex);  // one column set, one not
+    EXPECT_FALSE(overlap.fresh);
+    EXPECT_EQ((overlap.tensor.view<float, 2>()(0, 1)), 0.0f);
+    EXPECT_EQ(values(x.grad(ex)), (std::vector<float>{1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1}));
+    x.clear_grad();
+    EXPECT_TRUE(x.grad_target(ex).fresh);
+    EXPECT_FALSE(left.grad_target(ex).fresh);
+}
+
 TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
     const Exec ex = make_cpu_exec(1);
     Tape tape;
@@ -85,6 +117,7 @@ TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
 void expect_differentiates(const std::vector<Var>& inputs, const std::function<Var(Ctx&)>& f,
                            CuSeqlens cu_seqlens = {}) {
     const Exec ex = make_cpu_exec(1);
+    poison(ex);
     Tape tape;
     Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
     const Var y = f(ctx);
@@ -192,6 +225,26 @@ TEST(Derivatives, Convolution) {
         {x, weight},
         [&](Ctx& c) { return causal_conv1d(c, x.columns(0, 3), weight, Var(), Activation::none, nullptr); },
         cu_seqlens);
+}
+
+// u, delta and z are slices that overlap, of values whose gradients are fresh; more than one block of
+// channels, because within one the order of the writes hides what goes wrong.
+TEST(Derivatives, SelectiveScanOfOverlappingSlices) {
+    const int64_t cu_seqlens[] = {0, 2, 6};
+    const Var x = variable({6, 22}, 1), A = variable({20, 2}, 2), bc = variable({6, 4}, 3);
+    for (const int64_t shift : {0, 1, 2}) {
+        expect_differentiates(
+            {x, A, bc},
+            [&](Ctx& c) {
+                const Var v = silu(c, x), w = silu(c, bc);
+                return selective_scan(
+                    c,
+                    {v.columns(0, 20), v.columns(2 - shift, 22 - shift), neg_exp(c, A), w.columns(0, 2),
+                     w.columns(shift, shift + 2), Var(), v.columns(shift, shift + 20), Var()},
+                    nullptr);
+            },
+            cu_seqlens);
+    }
 }
 
 TEST(Derivatives, CrossEntropy) {

@@ -36,14 +36,16 @@ struct CausalConv1dInputs {
 template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
 
-// Gradients, all f32, all added to; absent ones are not computed.
+// Gradients, all f32, all added to (x: unless `set_x` asks for it to be written); absent ones are not
+// computed.
 struct CausalConv1dGradients {
     View<float, 2> x, weight;
     View<float, 1> bias;
     View<float, 3> initial_state;
+    bool set_x = false;
 };
 
-// Adds the gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
+// The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
 // absent.
 template <class T>
 void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,

@@ -9,6 +9,7 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ssm/ops/causal_conv1d/causal_conv1d_cpu.cpp"
+#include <hwy/cache_control.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
@@ -180,6 +181,14 @@ struct BlockBackward {
 
     int64_t k() const { return kK > 0 ? kK : rows.in.weight.shape[1]; }
 
+    // The rows of the next tile: no hardware prefetcher follows one cache line per row.
+    HWY_INLINE void Prefetch(int64_t row) const noexcept {
+        if (row >= rows.in.x.shape[0]) return;
+        hwy::Prefetch(rows.in.x.row(row) + c);
+        hwy::Prefetch(grad_y.row(row) + c);
+        if (grad.x) hwy::Prefetch(grad.x.row(row) + c);
+    }
+
     // The same as Outputs for a width known at compile time: weights, sums and the last inputs in registers.
     void OutputsFast(int64_t s, int64_t begin, int64_t end) noexcept {
         constexpr size_t kWidth = kK > 0 ? kK : 1;
@@ -194,6 +203,7 @@ struct BlockBackward {
         }
         for (int64_t p = begin; p < end; ++p) {
             const int64_t row = rows.in.cu_seqlens[s] + p;
+            Prefetch(row + kBackTile);
             for (size_t j = 0; j + 1 < kWidth; ++j) x[j] = x[j + 1];
             x[kWidth - 1] = Load(tag, rows.in.x.row(row) + c, lanes);
             Vec before = bias;
@@ -244,7 +254,7 @@ struct BlockBackward {
         for (int64_t i = 0; i < count; ++i) {
             float* row = InputRow(s, p + i);
             if (row == nullptr) continue;
-            Vec sum = Load(tag, row + c, lanes);
+            Vec sum = grad.set_x && p + i >= 0 ? hn::Zero(tag) : Load(tag, row + c, lanes);
             for (int64_t j = 0; j < k(); ++j) {
                 const Vec out = hn::Load(tag, memory.g + (i + k() - 1 - j) * kLanes);
                 sum = hn::MulAdd(hn::Load(tag, memory.weight + j * kLanes), out, sum);

@@ -169,12 +169,13 @@ TYPED_TEST(CausalConv1d, StepsFoldToSequence) {
 
 template <class T>
 std::map<std::string, std::vector<float>> gradients(const Problem<T>& p, const std::vector<float>& grad_y,
-                                                    const std::vector<float>& grad_final, int threads) {
+                                                    const std::vector<float>& grad_final, int threads,
+                                                    bool set_x = false) {
     std::map<std::string, std::vector<float>> v;
     auto start = [&v](const char* name, int64_t size) {
         return (v[name] = std::vector<float>(static_cast<size_t>(size) + 1, test::kGradientStart)).data();
     };
-    CausalConv1dGradients grad;
+    CausalConv1dGradients grad{.set_x = set_x};
     grad.x = {start("x", p.t * (p.d + p.pad)), {p.t, p.d}, p.d + p.pad};
     grad.weight = {start("weight", p.d * (p.k + p.pad)), {p.d, p.k}, p.k + p.pad};
     if (p.flags.bias) grad.bias = {start("bias", p.d), {p.d}};
@@ -228,6 +229,23 @@ TYPED_TEST(CausalConv1d, GradientsDoNotDependOnThreads) {
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * 3 * p.d);
     for (int threads : {2, 3}) {
         EXPECT_EQ(gradients(p, grad_y, grad_final, 1), gradients(p, grad_y, grad_final, threads));
+    }
+}
+
+// With set_x what the buffer held is lost.
+TYPED_TEST(CausalConv1d, GradientOfXIsSetWhereAsked) {
+    for (const int64_t k : {3, 4}) {
+        const Problem<TypeParam> p(20, k, {0, 1, 6, 40}, 2);
+        Random random(9);
+        const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * (k - 1) * p.d);
+        const auto added = gradients(p, grad_y, grad_final, 2);
+        for (const auto& [name, values] : gradients(p, grad_y, grad_final, 2, true)) {
+            std::vector<double> expected;
+            for (const float x : added.at(name)) {
+                expected.push_back(static_cast<double>(x - (name == "x" ? test::kGradientStart : 0.0f)));
+            }
+            expect_close(values, expected, 1e-6, name.c_str());
+        }
     }
 }
 

@@ -140,7 +140,7 @@ void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const fl
 
 void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
                      View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
-                     View<float, 1> grad_bias) {
+                     View<float, 1> grad_bias, LinearBackwardSet set) {
     constexpr std::string_view op = "linear_backward";
     require(static_cast<bool>(weight), op, "`weight` is absent");
     const int64_t o = weight.shape[0], i = weight.shape[1];
@@ -152,7 +152,6 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
     require_shape_if(op, "grad_bias", "o", grad_bias, {o});
     require(!grad_bias || grad_bias.stride == 1 || o <= 1, op, "`grad_bias` must be dense");
     if (grad_bias) add_column_sums(ex, grad_y, grad_bias.data);
-    if (t == 0 || o == 0) return;
     const bool round = ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16();
     const DType compute = round ? DType::bf16 : DType::f32;
     Tensor grad_copy, other_copy;
@@ -166,7 +165,7 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
                      .b = w,
                      .c = grad_x.data,
                      .c_stride = grad_x.stride,
-                     .beta = 1.0f});
+                     .beta = set.x ? 0.0f : 1.0f});
     }
     if (grad_weight) {
         const Matrix rows = converted(ex, matrix_of(x), t, i, compute, other_copy);
@@ -177,7 +176,7 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
                      .b = rows,
                      .c = grad_weight.data,
                      .c_stride = grad_weight.stride,
-                     .beta = 1.0f});
+                     .beta = set.weight ? 0.0f : 1.0f});
     }
 }
 

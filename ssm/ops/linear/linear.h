@@ -46,10 +46,13 @@ void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const fl
 
 // Adds: grad_x += grad_y W,  grad_weight += grad_y^T x,  grad_bias += column sums of grad_y. Absent ones are
 // not computed. Gradients and weight f32; x f32 or bf16. With ex.matmul == bf16 the products' inputs are
-// rounded to bf16.
+// rounded to bf16. What `set` names is written instead of added to.
+struct LinearBackwardSet {
+    bool x = false, weight = false;
+};
 void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
                      View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
-                     View<float, 1> grad_bias);
+                     View<float, 1> grad_bias, LinearBackwardSet set = {});
 
 // C[m,n] = alpha op(A) op(B) + beta C in f32 (op = transpose if asked); the building block for other
 // operators. Runs on ex.threads threads, or on the calling one inside a parallel region.

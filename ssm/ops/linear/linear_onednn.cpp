@@ -150,6 +150,17 @@ void execute(const Exec& ex, const Kernel& kernel, const Product& p, const void*
 
 constexpr size_t kRemembered = 512;
 
+// The older kernels behind dnnl_sgemm copy plain operands better than the primitive does, above all a
+// transposed A (README.md): for the products of the backward pass, and of the forward pass where the weight
+// is the larger operand. They pay for large products, and have no bias.
+bool sgemm_is_faster(const Product& p) {
+    constexpr int64_t least_work = int64_t{1} << 22, least_columns = 32;
+    if (p.a.dtype != DType::f32 || p.c_dtype != DType::f32 || p.bias != nullptr) return false;
+    if (omp_in_parallel() != 0 || p.m * p.n * p.k < least_work) return false;
+    if (p.a.transpose) return !p.b.transpose;
+    return p.b.transpose ? p.n >= p.k : p.n >= least_columns;
+}
+
 }  // namespace
 
 // The blocked copies of one weight and the kernels that read them. Guarded by the State's mutex.
@@ -199,6 +210,15 @@ private:
 namespace linear_detail {
 
 void product_onednn(const Exec& ex, const Product& p) {
+    if (sgemm_is_faster(p)) {
+        const ThreadScope scope(ex);
+        const dnnl_status_t status =
+            dnnl_sgemm(p.a.transpose ? 'T' : 'N', p.b.transpose ? 'T' : 'N', p.m, p.n, p.k, p.alpha,
+                       static_cast<const float*>(p.a.data), p.a.stride, static_cast<const float*>(p.b.data),
+                       p.b.stride, p.beta, static_cast<float*>(p.c), p.c_stride);
+        if (status != dnnl_success) rethrow(dnnl::error(status, "dnnl_sgemm"), p);
+        return;
+    }
     thread_local std::unordered_map<Key, Kernel, KeyHash> kernels;
     try {
         const ThreadScope scope(ex);

@@ -321,6 +321,27 @@ TEST(LinearBackwardParts, AbsentGradientsAreNotNeeded) {
     linear_backward(ex, g.view(), x.tensor, w.view(), {}, {}, {});
 }
 
+// The large sizes take the other kernel of oneDNN.
+TEST(LinearBackwardParts, GradientsAreSetWhereAsked) {
+    Random random(9);
+    const Exec ex = make_cpu_exec(2);
+    for (const int64_t t : {0, 6, 4096}) {
+        const int64_t i = 40, o = 33;
+        const TestMatrix x = random_matrix(random, t, i, DType::f32, 0),
+                         g = random_matrix(random, t, o, DType::f32, 0),
+                         w = random_matrix(random, o, i, DType::f32, 0);
+        const Tensor x_sum = Tensor::zeros({t, i}), w_sum = Tensor::zeros({o, i}),
+                     x_set = Tensor::empty({t, i}), w_set = Tensor::empty({o, i});
+        std::fill_n(x_set.data<float>(), t * i, NAN);
+        std::fill_n(w_set.data<float>(), o * i, NAN);
+        linear_backward(ex, g.view(), x.tensor, w.view(), x_sum.view<float, 2>(), w_sum.view<float, 2>(), {});
+        linear_backward(ex, g.view(), x.tensor, w.view(), x_set.view<float, 2>(), w_set.view<float, 2>(), {},
+                        {.x = true, .weight = true});
+        for (int64_t k = 0; k < t * i; ++k) ASSERT_EQ(x_set.data<float>()[k], x_sum.data<float>()[k]);
+        for (int64_t k = 0; k < o * i; ++k) ASSERT_EQ(w_set.data<float>()[k], w_sum.data<float>()[k]);
+    }
+}
+
 // --- matmul, and the product without oneDNN -----------------------------------------------------------
 
 std::vector<double> reference_matmul(const TestMatrix& a, const TestMatrix& b, const std::vector<float>& c,

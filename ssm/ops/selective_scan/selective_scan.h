@@ -56,17 +56,20 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
                     View<float, 3> final_state, View<float, 3> chunk_states,
                     const SelectiveScanOptions& options = {});
 
-// Gradients, all f32, all added to; absent ones are not computed.
+// Gradients, all f32, added to unless `set` asks for them to be written; absent ones are not computed.
 struct SelectiveScanGradients {
     View<float, 2> u, delta, A, B, C;  // shapes of the inputs
     View<float, 1> D;
     View<float, 2> z;
     View<float, 1> delta_bias;
     View<float, 3> initial_state;
+    struct Set {
+        bool u = false, delta = false, B = false, C = false, z = false;
+    } set = {};
 };
 
-// Adds the gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
-// absent. The states inside a chunk are recomputed from chunk_states. The result does not depend on timing.
+// The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent.
+// The states inside a chunk are recomputed from chunk_states. The result does not depend on timing.
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
                              View<const float, 3> chunk_states, View<const float, 2> grad_y,

@@ -36,21 +36,21 @@ struct GroupMemory {
     // A.
     float *A, *gh, *gA;
     float *gD, *gbias;  // [blocks L]
-    // Of one block and chunk, [q L]: log2(e) dt, its derivative, sigmoid(z), dt u, g, y before the gate, s,
-    // sum e A.
-    float *dt, *slope, *gate, *x, *g, *y, *s, *e;
+    // Of one block and chunk, [q L]: log2(e) dt, its derivative, u, dt u, g, grad_y silu'(z), y before the
+    // gate, s, sum e A.
+    float *dt, *slope, *u, *x, *g, *gz, *y, *s, *e;
     float *A_bar, *h;  // of one piece of the states, [q piece L], [q+1 piece L]
     float *gB, *gC;    // of the group, [q n L]
 
     static int64_t size(int64_t n, int64_t q) {
-        return (3 * n + 2) * kGroup + (8 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
+        return (3 * n + 2) * kGroup + (9 * q + (2 * q + 1) * kBackPiece + 2 * q * n) * kLanes;
     }
     GroupMemory(float* p, int64_t n, int64_t q) {
         auto take = [&p](int64_t count) { return std::exchange(p, p + count); };
         A = take(n * kGroup), gh = take(n * kGroup), gA = take(n * kGroup);
         gD = take(kGroup), gbias = take(kGroup);
-        dt = take(q * kLanes), slope = take(q * kLanes);
-        gate = take(q * kLanes), x = take(q * kLanes), g = take(q * kLanes);
+        dt = take(q * kLanes), slope = take(q * kLanes), u = take(q * kLanes);
+        x = take(q * kLanes), g = take(q * kLanes), gz = take(q * kLanes);
         y = take(q * kLanes), s = take(q * kLanes), e = take(q * kLanes);
         A_bar = take(q * kBackPiece * kLanes), h = take((q + 1) * kBackPiece * kLanes);
         gB = take(q * n * kLanes), gC = take(q * n * kLanes);
@@ -67,9 +67,9 @@ HWY_INLINE ScanVec SoftplusWithSlope(ScanVec x, ScanVec& slope) {
 }
 
 template <class Lanes>
-HWY_INLINE void AddTo(float* p, ScanVec v, Lanes lanes) {
+HWY_INLINE void AddOrSet(bool set, float* p, ScanVec v, Lanes lanes) {
     const ScanTag d;
-    Store(d, hn::Add(Load(d, p, lanes), v), p, lanes);
+    Store(d, set ? v : hn::Add(Load(d, p, lanes), v), p, lanes);
 }
 
 // One block of channels of one chunk: tokens t .. t + count, channels c ...
@@ -81,36 +81,44 @@ struct ChunkBackward {
     const GroupMemory& memory;
     int64_t block;  // within the group
     int64_t t, count, c;
+    int64_t next_t, next_c;  // the block that comes after this one: prefetched
     Lanes lanes;
 
-    // No hardware prefetcher follows one cache line per row: asks for the rows that Finish will add to, and
-    // for the inputs of the next block.
-    HWY_INLINE void PrefetchToken(int64_t row) const noexcept {
-        if (grad.u) hwy::Prefetch(grad.u.row(row) + c);
-        if (grad.delta) hwy::Prefetch(grad.delta.row(row) + c);
-        if (grad.z) hwy::Prefetch(grad.z.row(row) + c);
-        if (c + kLanes >= in.u.shape[1]) return;
-        hwy::Prefetch(in.u.row(row) + c + kLanes);
-        hwy::Prefetch(in.delta.row(row) + c + kLanes);
-        hwy::Prefetch(grad_y.row(row) + c + kLanes);
-        if (in.z) hwy::Prefetch(in.z.row(row) + c + kLanes);
+    // No hardware prefetcher follows one cache line per row. These ask for token i of the next block's inputs
+    // and of the rows that Finish will write; the loops over the states do, spread over their time, because a
+    // burst would wait for the few lines that may be under way at once.
+    HWY_INLINE void PrefetchInputs(int64_t i) const noexcept {
+        const int64_t next = std::min(next_t + i, in.u.shape[0] - 1);
+        hwy::Prefetch(in.u.row(next) + next_c);
+        hwy::Prefetch(in.delta.row(next) + next_c);
+        hwy::Prefetch(grad_y.row(next) + next_c);
+        if (in.z) hwy::Prefetch(in.z.row(next) + next_c);
+    }
+    HWY_INLINE void PrefetchGradients(int64_t i) const noexcept {
+        if (grad.u) hwy::Prefetch(grad.u.row(t + i) + c);
+        if (grad.delta) hwy::Prefetch(grad.delta.row(t + i) + c);
+        if (grad.z) hwy::Prefetch(grad.z.row(t + i) + c);
     }
 
     void Prepare() noexcept {
         const ScanTag d;
         const ScanVec bias = LoadChannels(in.delta_bias, c, lanes), skip = LoadChannels(in.D, c, lanes);
+        const ScanVec one = hn::Set(d, 1.0f);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = i * kLanes;
-            PrefetchToken(t + i);
+            PrefetchGradients(i);
             ScanVec dt = hn::Add(Load(d, in.delta.row(t + i) + c, lanes), bias), slope = hn::Set(d, 1.0f);
             if (in.delta_softplus) dt = SoftplusWithSlope(dt, slope);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
             ScanVec g = Load(d, grad_y.row(t + i) + c, lanes);
             if (in.z) {
+                // silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
                 const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), gate = Sigmoid(d, z);
-                hn::Store(gate, d, memory.gate + at);
+                const ScanVec gate_slope = hn::Mul(gate, hn::MulAdd(z, hn::Sub(one, gate), one));
+                hn::Store(hn::Mul(g, gate_slope), d, memory.gz + at);
                 g = hn::Mul(g, hn::Mul(z, gate));
             }
+            hn::Store(u, d, memory.u + at);
             hn::Store(slope, d, memory.slope + at);
             hn::Store(hn::Mul(dt, u), d, memory.x + at);
             hn::Store(hn::Mul(dt, hn::Set(d, kLog2e)), d, memory.dt + at);
@@ -138,6 +146,7 @@ struct ChunkBackward {
         const float* A = memory.A + block * n * kLanes + j * kLanes;
         for (int64_t i = 0; i < count; ++i, B += in.B.stride, C += in.C.stride) {
             float *A_bar = memory.A_bar + i * kCount * kLanes, *after = memory.h + (i + 1) * kCount * kLanes;
+            if (j == 0) PrefetchInputs(i);
             const ScanVec dt = hn::Load(d, memory.dt + i * kLanes), x = hn::Load(d, memory.x + i * kLanes);
             ScanVec y[2] = {hn::Load(d, memory.y + i * kLanes), hn::Zero(d)};
             Unroll<kCount>([&](auto k) HWY_ATTR __attribute__((always_inline)) {
@@ -193,7 +202,7 @@ struct ChunkBackward {
         });
     }
 
-    // The gradients that have a row per token.
+    // The gradients that have a row per token. Reads nothing but scratch: the inputs have left L1 by now.
     void Finish() noexcept {
         const ScanTag d;
         const ScanVec skip = LoadChannels(in.D, c, lanes), ln2 = hn::Set(d, kLn2);
@@ -201,23 +210,19 @@ struct ChunkBackward {
         ScanVec gbias = hn::Load(d, memory.gbias + block * kLanes);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = i * kLanes;
-            const ScanVec u = Load(d, in.u.row(t + i) + c, lanes), g = hn::Load(d, memory.g + at);
+            const ScanVec u = hn::Load(d, memory.u + at), g = hn::Load(d, memory.g + at);
             const ScanVec s = hn::Load(d, memory.s + at);
             const ScanVec dt = hn::Mul(hn::Load(d, memory.dt + at), ln2);
             const ScanVec gdelta =
                 hn::Mul(hn::MulAdd(u, s, hn::Load(d, memory.e + at)), hn::Load(d, memory.slope + at));
             gD = hn::MulAdd(g, u, gD);
             gbias = hn::Add(gbias, gdelta);
-            if (grad.u) AddTo(grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
-            if (grad.delta) AddTo(grad.delta.row(t + i) + c, gdelta, lanes);
+            if (grad.u)
+                AddOrSet(grad.set.u, grad.u.row(t + i) + c, hn::MulAdd(skip, g, hn::Mul(dt, s)), lanes);
+            if (grad.delta) AddOrSet(grad.set.delta, grad.delta.row(t + i) + c, gdelta, lanes);
             if (grad.z) {
-                // silu'(z) = sigmoid(z) (1 + z (1 - sigmoid(z)))
-                const ScanVec z = Load(d, in.z.row(t + i) + c, lanes), one = hn::Set(d, 1.0f);
-                const ScanVec gate = hn::Load(d, memory.gate + at);
-                const ScanVec slope = hn::Mul(gate, hn::MulAdd(z, hn::Sub(one, gate), one));
-                const ScanVec gy = Load(d, grad_y.row(t + i) + c, lanes);
-                const ScanVec y = hn::Load(d, memory.y + at);
-                AddTo(grad.z.row(t + i) + c, hn::Mul(hn::Mul(gy, y), slope), lanes);
+                const ScanVec gz = hn::Mul(hn::Load(d, memory.gz + at), hn::Load(d, memory.y + at));
+                AddOrSet(grad.set.z, grad.z.row(t + i) + c, gz, lanes);
             }
         }
         hn::Store(gD, d, memory.gD + block * kLanes);
@@ -286,9 +291,12 @@ struct Backward {
             const int64_t count = std::min(chunk, in.cu_seqlens[s + 1] - begin);
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t c = c0 + b * kLanes;
+                const bool last = b + 1 == blocks;
+                const int64_t next_t = last ? std::max<int64_t>(begin - chunk, 0) : begin;
+                const int64_t next_c = last ? c0 : c + kLanes;
                 WithLanes(c, d(), [&](auto lanes) {
-                    ChunkBackward<T, decltype(lanes)> work{in,    grad_y, grad, memory, b,
-                                                           begin, count,  c,    lanes};
+                    ChunkBackward<T, decltype(lanes)> work{in,    grad_y, grad,   memory, b,    begin,
+                                                           count, c,      next_t, next_c, lanes};
                     work.Run(chunk_states.row(index) + c * n());
                 });
             }
@@ -330,8 +338,8 @@ struct Backward {
         }
     }
 
-    // rows [t n] += the partial sums of the groups, in their order
-    void AddPartials(const Exec& ex, const float* partial, int64_t groups, View<float, 2> rows) {
+    // rows [t n] += (or =) the partial sums of the groups, in their order
+    void AddPartials(const Exec& ex, const float* partial, int64_t groups, bool set, View<float, 2> rows) {
         if (!rows) return;
         parallel_for(ex, t(), 256, [&](int64_t begin, int64_t end) {
             const ScanTag tag;
@@ -341,7 +349,7 @@ struct Backward {
                     for (int64_t g = 0; g < groups; ++g) {
                         sum = hn::Add(sum, Load(tag, partial + (g * t() + i) * n() + j, lanes));
                     }
-                    AddTo(rows.row(i) + j, sum, lanes);
+                    AddOrSet(set, rows.row(i) + j, sum, lanes);
                 });
             }
         });
@@ -354,8 +362,8 @@ struct Backward {
             const GroupMemory memory(scratch.data(), n(), q);
             for (int64_t group = begin; group < end; ++group) RunGroup(memory, group);
         });
-        AddPartials(ex, partial_B, groups, grad.B);
-        AddPartials(ex, partial_C, groups, grad.C);
+        AddPartials(ex, partial_B, groups, grad.set.B, grad.B);
+        AddPartials(ex, partial_C, groups, grad.set.C, grad.C);
     }
 };
 

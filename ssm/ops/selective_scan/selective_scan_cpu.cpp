@@ -42,26 +42,33 @@ struct BlockWalk {
     Lanes lanes;
     const float* A;  // [n kLanes]
     float* h;        // [n kLanes]
+    // What is walked after this: so many tokens on, at channel next_c.
+    int64_t next_tokens, next_c;
     Tile tile;
 
-    // dt, x and, if kReadOut, D u of tokens t .. t + count; returns the sum of dt. A block's part of a row is
-    // one cache line and the next row lies far away, so no hardware prefetcher follows: asks here for what
-    // Finish will touch, and for the inputs of the next block.
+    // A block's part of a row is one cache line and the next row lies far away, so no hardware prefetcher
+    // follows: asks for what Finish will touch of token t, and for the inputs of the next block. The loop
+    // over the states does, spread over its time: a burst would wait for the few lines that may be under way
+    // at once.
     template <bool kReadOut>
-    HWY_INLINE ScanVec Prepare(int64_t t, int64_t count, View<T, 2> y) noexcept {
+    HWY_INLINE void PrefetchToken(int64_t t, View<T, 2> y) const noexcept {
+        const int64_t next = std::min(t + next_tokens, in.u.shape[0] - 1);
+        hwy::Prefetch(in.delta.row(next) + next_c);
+        hwy::Prefetch(in.u.row(next) + next_c);
+        if constexpr (kReadOut) {
+            if (in.z) hwy::Prefetch(in.z.row(t) + c);
+            hwy::Prefetch(y.row(t) + c);
+        }
+    }
+
+    // dt, x and, if kReadOut, D u of tokens t .. t + count; returns the sum of dt.
+    template <bool kReadOut>
+    HWY_INLINE ScanVec Prepare(int64_t t, int64_t count) noexcept {
         const ScanTag d;
         const ScanVec bias = LoadChannels(in.delta_bias, c, lanes), skip = LoadChannels(in.D, c, lanes);
         const ScanVec log2e = hn::Set(d, kLog2e);
         ScanVec sum = hn::Zero(d);
         for (int64_t i = 0; i < count; ++i) {
-            if (c + kLanes < in.u.shape[1]) {
-                hwy::Prefetch(in.delta.row(t + i) + c + kLanes);
-                hwy::Prefetch(in.u.row(t + i) + c + kLanes);
-            }
-            if constexpr (kReadOut) {
-                if (in.z) hwy::Prefetch(in.z.row(t + i) + c);
-                hwy::Prefetch(y.row(t + i) + c);
-            }
             ScanVec dt = hn::Add(Load(d, in.delta.row(t + i) + c, lanes), bias);
             if (in.delta_softplus) dt = Softplus(d, dt);
             const ScanVec u = Load(d, in.u.row(t + i) + c, lanes);
@@ -76,7 +83,7 @@ struct BlockWalk {
 
     // h of kCount state indices from j on, through the tile.
     template <bool kReadOut, size_t kCount>
-    HWY_INLINE void Scan(int64_t t, int64_t count, int64_t j) noexcept {
+    HWY_INLINE void Scan(int64_t t, int64_t count, int64_t j, View<T, 2> y) noexcept {
         const ScanTag d;
         ScanVec state[kCount];
         Unroll<kCount>([&](auto n) HWY_ATTR
@@ -84,15 +91,16 @@ struct BlockWalk {
         const float *B = in.B.row(t) + j, *C = in.C.row(t) + j, *decay = A + j * kLanes;
         for (int64_t i = 0; i < count; ++i, B += in.B.stride, C += in.C.stride) {
             const ScanVec dt = hn::Load(d, tile.dt + i * kLanes), x = hn::Load(d, tile.x + i * kLanes);
-            ScanVec y[2] = {hn::Zero(d), hn::Zero(d)};
+            if (j == 0) PrefetchToken<kReadOut>(t + i, y);
+            ScanVec sum[2] = {hn::Zero(d), hn::Zero(d)};
             Unroll<kCount>([&](auto n) HWY_ATTR __attribute__((always_inline)) {
                 const ScanVec A_bar = Exp2Fast(d, hn::Mul(dt, hn::Load(d, decay + n * kLanes)));
                 state[n] = hn::MulAdd(A_bar, state[n], hn::Mul(x, hn::Set(d, B[n])));
-                if constexpr (kReadOut) y[n % 2] = hn::MulAdd(state[n], hn::Set(d, C[n]), y[n % 2]);
+                if constexpr (kReadOut) sum[n % 2] = hn::MulAdd(state[n], hn::Set(d, C[n]), sum[n % 2]);
             });
             if constexpr (kReadOut) {
                 float* out = tile.y + i * kLanes;
-                hn::Store(hn::Add(hn::Load(d, out), hn::Add(y[0], y[1])), d, out);
+                hn::Store(hn::Add(hn::Load(d, out), hn::Add(sum[0], sum[1])), d, out);
             }
         }
         Unroll<kCount>([&](auto n) HWY_ATTR
@@ -116,9 +124,9 @@ struct BlockWalk {
         ScanVec sum = hn::Zero(ScanTag());
         for (int64_t t = begin; t < end; t += kTile) {
             const int64_t count = std::min(kTile, end - t);
-            sum = hn::Add(sum, Prepare<kReadOut>(t, count, y));
+            sum = hn::Add(sum, Prepare<kReadOut>(t, count));
             ForEachStatePiece<kStatePiece>(in.A.shape[1], [&](int64_t j, auto size) HWY_ATTR {
-                Scan<kReadOut, decltype(size)::value>(t, count, j);
+                Scan<kReadOut, decltype(size)::value>(t, count, j, y);
             });
             if constexpr (kReadOut) Finish(t, count, y);
         }
@@ -162,7 +170,9 @@ struct Forward {
             const int64_t limit = chunk_states ? std::min(kTile, chunk - into) : kTile;
             const int64_t next = std::min(t + limit, last);
             for_each_block([&](int64_t at, int64_t offset) {
-                WithLanes(at, d(), [&](auto lanes) { Advance(t, next, at, lanes, A + offset, h + offset); });
+                const int64_t after = at + kLanes < end ? at + kLanes : c;
+                WithLanes(at, d(),
+                          [&](auto lanes) { Advance(t, next, at, after, lanes, A + offset, h + offset); });
             });
             t = next;
         }
@@ -171,8 +181,9 @@ struct Forward {
         });
     }
     template <class Lanes>
-    void Advance(int64_t begin, int64_t end, int64_t c, Lanes lanes, const float* A, float* h) noexcept {
-        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
+    void Advance(int64_t begin, int64_t end, int64_t c, int64_t next_c, Lanes lanes, const float* A,
+                 float* h) noexcept {
+        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, next_c <= c ? end - begin : 0, next_c, {}};
         walk.template Walk<true>(begin, end, y);
     }
 
@@ -216,7 +227,7 @@ struct Forward {
     template <class Lanes>
     void AdvanceChunk(int64_t first, int64_t last, int64_t c, Lanes lanes, const float* A, float* h,
                       float* sum) noexcept {
-        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, {}};
+        BlockWalk<T, Lanes> walk{in, c, lanes, A, h, kTile, c, {}};
         hn::StoreU(walk.template Walk<false>(first, last, y), ScanTag(), sum);
     }
     // Tokens of a chunk.
@@ -265,7 +276,7 @@ struct Forward {
                 LoadBlock(states.row(index) + c * n(), n(), d() - c, n(), h);
                 const auto [first, last] = Tokens(index);
                 WithLanes(c, d(), [&, first = first, last = last](auto lanes) {
-                    Advance(first, last, c, lanes, A, h);
+                    Advance(first, last, c, c, lanes, A, h);
                 });
             }
         });

@@ -264,14 +264,14 @@ struct Gradients {
     std::map<std::string, std::vector<float>> v;
 
     Gradients(const Problem<T>& p, const std::vector<float>& grad_y, const std::vector<float>& grad_final,
-              int threads, int64_t chunk) {
+              int threads, int64_t chunk, SelectiveScanGradients::Set set = {}) {
         const Exec ex = make_cpu_exec(threads);
         const int64_t chunks = selective_scan_chunks(p.cu, chunk), wide = p.d + p.pad, narrow = p.n + p.pad;
         const auto states = run(p, threads, {.chunk = chunk}).chunk_states;
         auto start = [&](const char* name, int64_t size) {
             return (v[name] = std::vector<float>(static_cast<size_t>(size), test::kGradientStart)).data();
         };
-        SelectiveScanGradients grad;
+        SelectiveScanGradients grad{.set = set};
         grad.u = {start("u", p.t * wide), {p.t, p.d}, wide};
         grad.delta = {start("delta", p.t * wide), {p.t, p.d}, wide};
         grad.A = {start("A", p.d * p.n), {p.d, p.n}};
@@ -361,6 +361,24 @@ TYPED_TEST(SelectiveScan, GradientsDoNotDependOnThreads) {
     for (int64_t chunk : {1, 7, 64}) {
         for (const auto& [name, values] : Gradients<TypeParam>(p, grad_y, grad_final, 2, chunk).v) {
             expect_close(values, one.v.at(name), 1e-5, name.c_str());
+        }
+    }
+}
+
+// What `set` names loses what its buffer held; the rest is added to.
+TYPED_TEST(SelectiveScan, GradientsAreSetWhereAsked) {
+    const Problem<TypeParam> p(20, 16, {9, 0, 5}, 1);
+    Random random(9);
+    const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * p.d * p.n);
+    const Gradients<TypeParam> added(p, grad_y, grad_final, 2, 4);
+    const std::vector<std::string> names{"u", "delta", "B", "C", "z"};
+    for (int which = 0; which < 5; ++which) {
+        const SelectiveScanGradients::Set set{which == 0, which == 1, which == 2, which == 3, which == 4};
+        for (const auto& [name, values] : Gradients<TypeParam>(p, grad_y, grad_final, 2, 4, set).v) {
+            const float lost = name == names[static_cast<size_t>(which)] ? test::kGradientStart : 0.0f;
+            std::vector<double> expected;
+            for (const float x : added.v.at(name)) expected.push_back(static_cast<double>(x - lost));
+            expect_close(values, expected, 1e-6, name.c_str());
         }
     }
 }
