@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "ssm/ops/ssd/ssd_test_run.h"
+#include "ssm/ops/ssd/ssd_run_reference.h"
 #include "tests/support/compare.h"
 #include "tests/support/golden.h"
 #include "tests/support/gradcheck.h"
