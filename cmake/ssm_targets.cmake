@@ -3,8 +3,10 @@
 # Compile and link options of everything built here.
 add_library(ssm_options INTERFACE)
 if(SSM_DEV)
-  target_compile_options(ssm_options INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Werror -Wno-unknown-pragmas
-                                               -Wno-missing-field-initializers)
+  target_compile_options(
+    ssm_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Werror;-Wno-unknown-pragmas>"
+                          $<$<COMPILE_LANGUAGE:CXX>:-Wno-missing-field-initializers>
+                          "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xcompiler=-Wall,-Wshadow>")
 endif()
 if(SSM_SANITIZE)
   target_compile_options(ssm_options INTERFACE -fsanitize=${SSM_SANITIZE} -fno-omit-frame-pointer
@@ -31,6 +33,13 @@ function(ssm_dependencies)
     find_package(dnnl REQUIRED)
     target_link_libraries(ssm PRIVATE DNNL::dnnl)
     target_compile_definitions(ssm PRIVATE SSM_HAS_ONEDNN=1)
+  endif()
+  if(SSM_CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    # PUBLIC: device.h says what this build can drive. 3.25 does not know nvcc's C++20, so it is told by hand.
+    target_compile_definitions(ssm PUBLIC SSM_HAS_CUDA=1)
+    target_compile_options(ssm PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -lineinfo>)
+    target_link_libraries(ssm PRIVATE CUDA::cudart_static CUDA::cublasLt)
   endif()
   # Of Highway's x86 targets keep the baseline, AVX2 and AVX-512: SSSE3 and SSE4 add compile time, not speed.
   # Under sanitizers AVX2 alone: the same source, and each target of it takes minutes there.
@@ -99,7 +108,7 @@ function(ssm_fuzz file)
 endfunction()
 
 # ssm_op(name): the operator in ssm/ops/name: contract, front, CPU kernel, and where present its private
-# header, CUDA kernel, test and benchmark.
+# header, CUDA kernels with their test, test and benchmark.
 function(ssm_op name)
   set(dir ${CMAKE_CURRENT_SOURCE_DIR}/${name})
   ssm_sources(${dir}/${name}.h)
@@ -108,6 +117,12 @@ function(ssm_op name)
       ssm_sources(${dir}/${name}${suffix})
     endif()
   endforeach()
+  if(SSM_CUDA AND EXISTS ${dir}/${name}_cuda.cu)
+    ssm_sources(${dir}/${name}_cuda.cu)
+    if(EXISTS ${dir}/${name}_cuda_test.cpp)
+      ssm_test(${dir}/${name}_cuda_test.cpp LABELS gpu)
+    endif()
+  endif()
   if(EXISTS ${dir}/${name}_test.cpp)
     ssm_test(${dir}/${name}_test.cpp)
   endif()

@@ -1,6 +1,7 @@
 #include "ssm/core/allocator.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #if defined(__linux__)
@@ -37,11 +38,20 @@ std::byte* allocate_aligned(size_t bytes) {
 
 void free_aligned(std::byte* p, size_t) noexcept { std::free(p); }
 
-Allocator::~Allocator() {
+Allocator::~Allocator() { Allocator::trim(); }
+
+void Allocator::trim() noexcept {
+    std::lock_guard lock(mutex_);
     for (auto& [capacity, blocks] : free_) {
-        for (std::byte* p : blocks) free_aligned(p, capacity);
+        for (std::byte* p : blocks) release(p, capacity);
     }
+    free_.clear();
 }
+
+void Allocator::zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
+void Allocator::copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void Allocator::copy_in(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void Allocator::copy_out(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
 std::byte* Allocator::take(size_t bytes, size_t& capacity) {
     capacity = size_class(bytes == 0 ? 1 : bytes);
@@ -56,7 +66,13 @@ std::byte* Allocator::take(size_t bytes, size_t& capacity) {
             return p;
         }
     }
-    return allocate_aligned(capacity);
+    try {
+        return allocate(capacity);
+    } catch (...) {
+        std::lock_guard lock(mutex_);
+        in_use_ -= capacity;
+        throw;
+    }
 }
 
 void Allocator::give(std::byte* p, size_t capacity) noexcept {

@@ -1,6 +1,7 @@
-// A caching allocator: blocks of 64-byte aligned memory by size class, kept for reuse when released.
+// A caching allocator: aligned blocks by size class, kept for reuse when released.
 // A training step or a prefill asks for the same sizes every time; fresh pages from the system would be
-// zeroed and faulted in each step (measured: half the time of a small training step).
+// zeroed and faulted in each step (measured: half the time of a small training step), and a GPU's driver
+// would wait for the device at each.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +10,23 @@
 #include <mutex>
 #include <vector>
 
+#include "ssm/core/device.h"
+
 namespace ssm {
 
-// Aligned to 64 bytes, to 2 MiB and with huge pages asked for when large. Throws Error (io) when out of
-// memory.
+// Host memory, aligned to 64 bytes, to 2 MiB and with huge pages asked for when large. Throws Error (io) when
+// out of memory.
 std::byte* allocate_aligned(size_t bytes);
 void free_aligned(std::byte* p, size_t bytes) noexcept;
 
+// Of the host's memory; derived: of a GPU's (core/cuda/context.h). What a block is given back for may still
+// run on the device: the next owner's work comes after it in the same stream.
 class Allocator {
 public:
     Allocator() = default;
     Allocator(const Allocator&) = delete;
     Allocator& operator=(const Allocator&) = delete;
-    ~Allocator();
+    virtual ~Allocator();
 
     // A block of at least `bytes`; `capacity` receives its size class. Content is undefined.
     std::byte* take(size_t bytes, size_t& capacity);
@@ -29,6 +34,19 @@ public:
 
     size_t bytes_in_use() const;
     size_t peak_bytes() const;
+
+    // Where the blocks are, and moving bytes there: on a GPU in the order of its stream.
+    virtual Device device() const { return Device::cpu; }
+    virtual void zero(void* p, size_t bytes);
+    virtual void copy(void* to, const void* from, size_t bytes);      // both here
+    virtual void copy_in(void* to, const void* from, size_t bytes);   // from the host
+    virtual void copy_out(void* to, const void* from, size_t bytes);  // to the host; waits until it is there
+
+protected:
+    virtual std::byte* allocate(size_t bytes) { return allocate_aligned(bytes); }
+    virtual void release(std::byte* p, size_t bytes) noexcept { free_aligned(p, bytes); }
+    // Releases what is kept. A derived class calls it in its destructor.
+    void trim() noexcept;
 
 private:
     mutable std::mutex mutex_;

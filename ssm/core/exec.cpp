@@ -2,6 +2,8 @@
 
 #include <omp.h>
 
+#include "ssm/core/error.h"
+
 namespace ssm {
 
 Exec make_cpu_exec(int threads) {
@@ -10,5 +12,12 @@ Exec make_cpu_exec(int threads) {
     omp_set_num_threads(ex.threads);  // oneDNN asks OpenMP
     return ex;
 }
+
+#if !defined(SSM_HAS_CUDA)
+Exec make_cuda_exec(int) {
+    fail(ErrorCode::unsupported, "device", "this build has no CUDA; use --device cpu");
+}
+void synchronize(const Exec&) {}
+#endif
 
 }  // namespace ssm

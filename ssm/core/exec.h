@@ -8,7 +8,9 @@
 
 namespace ssm {
 
-enum class Device { cpu, cuda };
+namespace cuda {
+class Context;
+}
 
 // What a matrix product may round its f32 inputs to (accumulation is always f32).
 enum class MatmulPrecision { f32, bf16 };
@@ -17,11 +19,20 @@ struct Exec {
     Device device = Device::cpu;
     int threads = 1;
     MatmulPrecision matmul = MatmulPrecision::f32;
+    bool deterministic = false;  // on a GPU: the same bytes from run to run, where that costs time
     std::shared_ptr<Allocator> allocator = std::make_shared<Allocator>();
+    std::shared_ptr<cuda::Context> cuda = nullptr;  // stream and handles; absent on the CPU
 };
 
 // Exec on the CPU with `threads` threads; 0 means every core this process may use.
 Exec make_cpu_exec(int threads = 0);
+
+// Exec on a GPU: its allocator's blocks are device memory. Throws Error (unsupported) without CUDA in this
+// build, without a driver or device, and for a device older than compute capability 8.0.
+Exec make_cuda_exec(int index = 0);
+
+// Waits until everything asked of the device is done. Nothing on the CPU.
+void synchronize(const Exec& ex);
 
 // Scratch memory of an operator: T[count], returned to the allocator at the end of the scope.
 template <class T>

@@ -35,18 +35,24 @@ int64_t element_count(const Shape& shape) {
 
 std::string to_string(const Shape& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
 
-Tensor Tensor::empty(const Exec& ex, Shape shape, DType dtype) {
+Tensor Tensor::empty(const std::shared_ptr<Allocator>& pool, Shape shape, DType dtype) {
     Tensor t;
     const size_t bytes = static_cast<size_t>(element_count(shape)) * size_of(dtype);
     size_t capacity = 0;
-    std::byte* p = ex.allocator->take(bytes, capacity);
+    std::byte* p = pool->take(bytes, capacity);
     t.storage_ = std::shared_ptr<void>(
-        p, [pool = ex.allocator, capacity](void* q) { pool->give(static_cast<std::byte*>(q), capacity); });
+        p, [pool, capacity](void* q) { pool->give(static_cast<std::byte*>(q), capacity); });
     t.data_ = p;
     t.dtype_ = dtype;
+    t.device_ = pool->device();
+    if (t.device_ != Device::cpu) t.pool_ = pool;
     t.stride_ = dense_stride(shape);
     t.shape_ = std::move(shape);
     return t;
+}
+
+Tensor Tensor::empty(const Exec& ex, Shape shape, DType dtype) {
+    return empty(ex.allocator, std::move(shape), dtype);
 }
 
 Tensor Tensor::empty(Shape shape, DType dtype) {
@@ -96,7 +102,7 @@ bool Tensor::dense() const { return shape_.empty() || shape_[0] <= 1 || stride_ 
 
 float Tensor::item() const {
     require(size() == 1, "tensor", "[{}] does not have one element", fmt::join(shape_, ", "));
-    return *data<const float>();
+    return *to_host().data<const float>();
 }
 
 Tensor Tensor::columns(int64_t begin, int64_t end) const {
@@ -129,6 +135,21 @@ Tensor Tensor::reshape(Shape shape) const {
 }
 
 Tensor Tensor::clone() const {
+    Tensor t = pool_ ? empty(pool_, shape_, dtype_) : empty(shape_, dtype_);
+    t.copy_from(*this);
+    return t;
+}
+
+Tensor Tensor::to(const Exec& ex) const {
+    if (ex.device == device_) return *this;
+    if (ex.device == Device::cpu) return to_host();
+    Tensor t = empty(ex, shape_, dtype_);
+    t.copy_from(*this);
+    return t;
+}
+
+Tensor Tensor::to_host() const {
+    if (device_ == Device::cpu) return *this;
     Tensor t = empty(shape_, dtype_);
     t.copy_from(*this);
     return t;
@@ -136,6 +157,7 @@ Tensor Tensor::clone() const {
 
 Tensor Tensor::to(DType dtype) const {
     if (dtype == dtype_) return *this;
+    require(device_ == Device::cpu, "tensor", "types are converted on the CPU but the tensor is on the GPU");
     const Tensor from = dense() ? *this : clone();
     Tensor t = empty(shape_, dtype);
     if (dtype_ == DType::bf16 && dtype == DType::f32) {
@@ -161,29 +183,41 @@ Tensor Tensor::to(DType dtype) const {
 }
 
 void Tensor::fill_zero() const {
-    if (dense()) {
-        if (size() > 0) std::memset(data_, 0, bytes());
-        return;
-    }
+    if (size() == 0) return;
+    const auto zero = [&](std::byte* p, size_t bytes) {
+        if (pool_)
+            pool_->zero(p, bytes);
+        else
+            std::memset(p, 0, bytes);
+    };
+    if (dense()) return zero(data_, bytes());
     const auto row = static_cast<size_t>(dense_stride(shape_)) * size_of(dtype_);
     for (int64_t i = 0; i < shape_[0]; ++i) {
-        std::memset(data_ + i * stride_ * static_cast<int64_t>(size_of(dtype_)), 0, row);
+        zero(data_ + i * stride_ * static_cast<int64_t>(size_of(dtype_)), row);
     }
+}
+
+void Tensor::copy_bytes(std::byte* to, const Tensor& from, const std::byte* at, size_t bytes) const {
+    if (pool_ && from.pool_)
+        pool_->copy(to, at, bytes);
+    else if (pool_)
+        pool_->copy_in(to, at, bytes);
+    else if (from.pool_)
+        from.pool_->copy_out(to, at, bytes);
+    else
+        std::memcpy(to, at, bytes);
 }
 
 void Tensor::copy_from(const Tensor& other) const {
     require(dtype_ == other.dtype_ && shape_ == other.shape_, "tensor", "cannot copy {} [{}] into {} [{}]",
             name_of(other.dtype_), fmt::join(other.shape_, ", "), name_of(dtype_), fmt::join(shape_, ", "));
     if (size() == 0) return;
-    if (dense() && other.dense()) {
-        std::memcpy(data_, other.data_, bytes());
-        return;
-    }
+    if (dense() && other.dense()) return copy_bytes(data_, other, other.data_, bytes());
     const auto item = static_cast<int64_t>(size_of(dtype_));
     const int64_t row = dense_stride(shape_) * item;
     for (int64_t i = 0; i < shape_[0]; ++i) {
-        std::memcpy(data_ + i * stride_ * item, other.data_ + i * other.stride_ * item,
-                    static_cast<size_t>(row));
+        copy_bytes(data_ + i * stride_ * item, other, other.data_ + i * other.stride_ * item,
+                   static_cast<size_t>(row));
     }
 }
 

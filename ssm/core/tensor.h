@@ -1,5 +1,6 @@
 // Tensor: a dtype, a shape and shared storage. Row-major; the first dimension may have a stride, the rest
-// is dense (view.h). Copying a Tensor shares its storage.
+// is dense (view.h). Copying a Tensor shares its storage. It lies on the device of the Exec that made it;
+// operators want all of theirs on one device.
 #pragma once
 
 #include <cstddef>
@@ -33,12 +34,13 @@ public:
     static Tensor empty(Shape shape, DType dtype = DType::f32);
     static Tensor zeros(const Exec& ex, Shape shape, DType dtype = DType::f32);
     static Tensor zeros(Shape shape, DType dtype = DType::f32);
-    // Borrowed memory; `keep_alive` owns it (a mapped file, say).
+    // Borrowed host memory; `keep_alive` owns it (a mapped file, say).
     static Tensor wrap(void* data, Shape shape, DType dtype, std::shared_ptr<void> keep_alive);
     static Tensor from_floats(Shape shape, const std::vector<float>& values);
 
     explicit operator bool() const { return data_ != nullptr; }
     DType dtype() const { return dtype_; }
+    Device device() const { return device_; }
     const Shape& shape() const { return shape_; }
     int rank() const { return static_cast<int>(shape_.size()); }
     int64_t dim(int i) const { return shape_.at(i < 0 ? shape_.size() + i : i); }
@@ -70,27 +72,36 @@ public:
     View<T, R> view_if() const {
         return *this ? view<T, R>() : View<T, R>{};
     }
-    // First element of a dense tensor.
+    // First element of a dense tensor in the host's memory.
     template <class T>
     T* data() const {
+        require(device_ == Device::cpu, "tensor", "the tensor is on the GPU where the CPU reads it");
         return view<T, 1>().data;
     }
-    float item() const;  // of a tensor with one f32 element
+    float item() const;  // of a tensor with one f32 element; waits for the device
 
     // Same storage, other window or shape.
     Tensor columns(int64_t begin, int64_t end) const;  // of a matrix: [t d] -> [t end-begin], strided
     Tensor rows(int64_t begin, int64_t end) const;     // of the first dimension
     Tensor reshape(Shape shape) const;  // a strided slice may only split or join its inner dimensions
     // New storage.
-    Tensor clone() const;
-    Tensor to(DType dtype) const;  // f32 <-> bf16, f16 -> f32, f64 -> f32; the same tensor if equal
+    Tensor clone() const;             // on the same device
+    Tensor to(const Exec& ex) const;  // dense, on ex's device; the same tensor if it is there
+    Tensor to_host() const;           // the same tensor if it is there; else waits for the copy
+    Tensor to(
+        DType dtype) const;  // f32 <-> bf16, f16 -> f32, f64 -> f32; the same tensor if equal; host only
     void fill_zero() const;
-    void copy_from(const Tensor& other) const;  // same dtype and shape
+    void copy_from(const Tensor& other) const;  // same dtype and shape; from any device to any
 
 private:
+    static Tensor empty(const std::shared_ptr<Allocator>& pool, Shape shape, DType dtype);
+    void copy_bytes(std::byte* to, const Tensor& from, const std::byte* at, size_t bytes) const;
+
     std::shared_ptr<void> storage_;
+    std::shared_ptr<Allocator> pool_;  // of the GPU; absent for host memory
     std::byte* data_ = nullptr;
     DType dtype_ = DType::f32;
+    Device device_ = Device::cpu;
     Shape shape_;
     int64_t stride_ = 0;
 };
