@@ -36,9 +36,10 @@ function(ssm_dependencies)
   endif()
   if(SSM_CUDA)
     find_package(CUDAToolkit REQUIRED)
-    # PUBLIC: device.h says what this build can drive. 3.25 does not know nvcc's C++20, so it is told by hand.
+    # PUBLIC: device.h says what this build can drive.
     target_compile_definitions(ssm PUBLIC SSM_HAS_CUDA=1)
-    target_compile_options(ssm PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -lineinfo>)
+    # fmt 9 switches constexpr off for nvcc, which in C++20 does not compile.
+    target_compile_options(ssm PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-lineinfo;-DFMT_USE_CONSTEXPR=1>")
     target_link_libraries(ssm PRIVATE CUDA::cudart_static CUDA::cublasLt)
   endif()
   # Of Highway's x86 targets keep the baseline, AVX2 and AVX-512: SSSE3 and SSE4 add compile time, not speed.

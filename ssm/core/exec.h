@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <memory>
+#include <string_view>
 
 #include "ssm/core/allocator.h"
+#include "ssm/core/error.h"
 
 namespace ssm {
 
@@ -33,6 +35,12 @@ Exec make_cuda_exec(int index = 0);
 
 // Waits until everything asked of the device is done. Nothing on the CPU.
 void synchronize(const Exec& ex);
+
+// In an operator's front: throws when this build has no kernels for ex's device.
+inline void require_device(std::string_view op, const Exec& ex) {
+    if (!kHasCuda && ex.device == Device::cuda)
+        fail(ErrorCode::unsupported, op, "this build has no CUDA kernels");
+}
 
 // Scratch memory of an operator: T[count], returned to the allocator at the end of the scope.
 template <class T>

@@ -20,7 +20,9 @@ __device__ inline T from_float(float x) {
     if constexpr (sizeof(T) == 4) {
         return x;
     } else {
-        return T{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+        T y;
+        y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+        return y;
     }
 }
 
