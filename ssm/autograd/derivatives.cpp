@@ -26,6 +26,7 @@ View<float, R> grad_if(const Exec& ex, const Var& v) {
 // The views for an operator that can set fresh gradients. One that another of the same call adds to, because
 // an input is used twice, is zeroed instead.
 struct Target {
+    Tensor tensor;
     View<float, 2> view;
     bool fresh = false;
 };
@@ -35,14 +36,14 @@ std::array<Target, N> targets(const Exec& ex, const Var (&vars)[N]) {
     for (size_t i = 0; i < N; ++i) {
         if (!vars[i].requires_grad()) continue;
         const Var::GradTarget target = vars[i].grad_target(ex);
-        all[i] = {target.tensor.view<float, 2>(), target.fresh};
+        all[i] = {target.tensor, target.tensor.view<float, 2>(), target.fresh};
     }
     for (Target& a : all) {
         for (const Target& b : all) {
             if (!a.fresh || b.fresh || !b.view || b.view.data >= a.view.data + a.view.shape[1] ||
                 a.view.data >= b.view.data + b.view.shape[1])
                 continue;
-            for (int64_t i = 0; i < a.view.shape[0]; ++i) std::fill_n(a.view.row(i), a.view.shape[1], 0.0f);
+            a.tensor.fill_zero();
             a.fresh = false;
         }
     }
@@ -73,17 +74,17 @@ Var unary(Ctx& ctx, const Var& x, Forward forward, Backward backward) {
 
 }  // namespace
 
-Var embedding(Ctx& ctx, View<const int32_t, 1> ids, const Var& weight) {
+Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight) {
     const bool recording = ctx.recording({&weight});
-    Var y = result(ctx, {ids.shape[0], weight.value().dim(1)}, DType::f32, recording);
+    Var y = result(ctx, {ids.size(), weight.value().dim(1)}, DType::f32, recording);
     dispatch_activation(weight.value().dtype(), "embedding", [&]<class W>() {
-        embedding(ctx.exec, ids, weight.value().view<const W, 2>(), y.value().view<float, 2>());
+        embedding(ctx.exec, ids.view<const int32_t, 1>(), weight.value().view<const W, 2>(),
+                  y.value().view<float, 2>());
     });
     if (recording) {
-        std::vector<int32_t> kept(ids.data, ids.data + ids.shape[0]);
-        ctx.tape->record([&ex = ctx.exec, kept = std::move(kept), weight, y] {
-            embedding_backward(ex, View<const int32_t, 1>(kept.data(), {static_cast<int64_t>(kept.size())}),
-                               y.grad(ex).view<const float, 2>(), weight.grad(ex).view<float, 2>());
+        ctx.tape->record([&ex = ctx.exec, ids, weight, y] {
+            embedding_backward(ex, ids.view<const int32_t, 1>(), y.grad(ex).view<const float, 2>(),
+                               weight.grad(ex).view<float, 2>());
         });
     }
     return y;
@@ -395,15 +396,15 @@ Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<co
     int64_t counted = 0;
     for (int64_t i = 0; i < t; ++i) counted += targets(i) >= 0;
     require(counted > 0, "cross_entropy", "every one of the {} targets is ignored", t);
-    Tensor nll = Tensor::empty(ctx.exec, {t});
+    const Tensor there = on_device_of(ctx.exec, targets), nll = Tensor::empty(ctx.exec, {t});
     if (recording) {
         // One pass gives the loss and its gradients; they wait here until backward runs.
-        Tensor weights = Tensor::empty(ctx.exec, {t});
-        for (int64_t i = 0; i < t; ++i) weights.data<float>()[i] = scale / static_cast<float>(counted);
+        const std::vector<float> each(static_cast<size_t>(t), scale / static_cast<float>(counted));
+        const Tensor weights = Tensor::from_floats({t}, each).to(ctx.exec);
         Tensor grad_hidden = Tensor::zeros(ctx.exec, hidden.value().shape());
         Tensor grad_weight = Tensor::zeros(ctx.exec, weight.value().shape());
         linear_cross_entropy_backward(ctx.exec, hidden.value().view<const float, 2>(),
-                                      weight.value().view<const float, 2>(), targets,
+                                      weight.value().view<const float, 2>(), there.view<const int32_t, 1>(),
                                       weights.view<const float, 1>(), nll.view<float, 1>(),
                                       grad_hidden.view<float, 2>(), grad_weight.view<float, 2>());
         ctx.tape->record([&ex = ctx.exec, hidden, weight, grad_hidden, grad_weight] {
@@ -411,11 +412,12 @@ Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<co
             if (weight.requires_grad()) weight.add_grad(ex, grad_weight);
         });
     } else {
-        linear_cross_entropy(ctx.exec, hidden.value(), PackedWeight(weight.value()), targets,
-                             nll.view<float, 1>());
+        linear_cross_entropy(ctx.exec, hidden.value(), PackedWeight(weight.value()),
+                             there.view<const int32_t, 1>(), nll.view<float, 1>());
     }
+    const Tensor host = nll.to_host();
     double sum = 0;
-    for (int64_t i = 0; i < t; ++i) sum += static_cast<double>(nll.data<float>()[i]);
+    for (int64_t i = 0; i < t; ++i) sum += static_cast<double>(host.data<float>()[i]);
     return Var(Tensor::from_floats({1}, {static_cast<float>(sum / static_cast<double>(counted))}), recording);
 }
 

@@ -12,8 +12,8 @@
 
 namespace ssm {
 
-// ids [t] -> [t e] f32
-Var embedding(Ctx& ctx, View<const int32_t, 1> ids, const Var& weight);
+// ids [t] i32, on the context's device -> [t e] f32
+Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight);
 
 // [t i] -> [t o]; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
 Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias);
@@ -59,8 +59,9 @@ Var softplus(Ctx& ctx, const Var& x);
 Var add(Ctx& ctx, const Var& a, const Var& b);
 Var multiply(Ctx& ctx, const Var& a, const Var& b);
 
-// Mean negative log-likelihood of `targets` [t] (< 0: ignored) under softmax(hidden weight^T): a scalar Var
-// [1]. `scale` multiplies the gradient (1 / number of accumulated micro-batches, say), not the value.
+// Mean negative log-likelihood of `targets` [t] (host memory; < 0: ignored) under softmax(hidden weight^T): a
+// scalar Var [1]. `scale` multiplies the gradient (1 / number of accumulated micro-batches, say), not the
+// value.
 Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<const int32_t, 1> targets,
                          float scale = 1.0f);
 

@@ -72,6 +72,7 @@ void Var::add_grad(const Exec& ex, const Tensor& g) const {
     if (!node_->parent && !node_->grad) {
         node_->grad = Tensor::empty(ex, value().shape());
         const Tensor& copy = node_->grad;
+        if (ex.device != Device::cpu) return copy.copy_from(g);
         parallel_for(ex, g.rank() > 0 ? g.dim(0) : 0, kCopiedRows, [&](int64_t begin, int64_t end) {
             copy.rows(begin, end).copy_from(g.rows(begin, end));
         });

@@ -180,7 +180,9 @@ TEST(Derivatives, LinearAndEmbedding) {
     expect_differentiates({x, weight, bias}, [&](Ctx& c) { return linear(c, x, weight, bias); });
     expect_differentiates({x, weight}, [&](Ctx& c) { return linear(c, x, weight, Var()); });
     const std::vector<int32_t> ids{2, 0, 2, 4};
-    expect_differentiates({weight}, [&](Ctx& c) { return embedding(c, {ids.data(), {4}}, weight); });
+    expect_differentiates({weight}, [&](Ctx& c) {
+        return embedding(c, on_device_of(c.exec, View<const int32_t, 1>(ids.data(), {4})), weight);
+    });
 }
 
 TEST(Derivatives, Norms) {

@@ -106,6 +106,14 @@ private:
     int64_t stride_ = 0;
 };
 
+// Numbers in host memory as a tensor on ex's device.
+template <class T>
+Tensor on_device_of(const Exec& ex, View<const T, 1> values) {
+    const Tensor host = Tensor::empty({values.shape[0]}, dtype_of<T>);
+    for (int64_t i = 0; i < values.shape[0]; ++i) host.data<T>()[i] = values(i);
+    return host.to(ex);
+}
+
 float f16_to_float(uint16_t bits);
 
 }  // namespace ssm

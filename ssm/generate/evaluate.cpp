@@ -16,7 +16,7 @@ void add_piece(const Exec& ex, LanguageModel& model, std::span<const int32_t> id
     const int64_t t = end - begin;
     Ctx ctx{.exec = ex, .cu_seqlens = cu_seqlens, .activation = model.dtype()};
     const Var hidden = model.hidden(ctx, {ids.data() + begin, {t}}, state);
-    Tensor nll = Tensor::empty(ex, {t});
+    const Tensor nll = Tensor::empty({t});
     model.nll(ctx, hidden.value(), {ids.data() + begin + 1, {t}}, nll.view<float, 1>());
     for (int64_t i = 0; i < t; ++i) {
         const auto x = static_cast<double>(nll.data<float>()[i]);

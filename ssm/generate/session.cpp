@@ -37,7 +37,7 @@ void Session::consume(std::span<const int32_t> ids) {
         if (t > 1) ctx.cu_seqlens = cu_seqlens;
         const Var hidden = model_.hidden(ctx, {ids.data() + begin, {t}}, &state_);
         begin += t;
-        if (begin == count) logits_ = model_.logits(ctx, hidden.value().rows(t - 1, t));
+        if (begin == count) logits_ = model_.logits(ctx, hidden.value().rows(t - 1, t)).to_host();
     }
     history_.insert(history_.end(), ids.begin(), ids.end());
 }
@@ -51,7 +51,7 @@ std::span<const float> Session::logits() const {
 void Session::save(const std::filesystem::path& file, const Sampler& sampler) {
     require(static_cast<bool>(logits_), "state", "there is nothing to save: no token was read");
     std::vector<NamedTensor> tensors;
-    state_.visit([&](const std::string& name, Tensor& t) { tensors.push_back({name, t}); });
+    state_.visit([&](const std::string& name, Tensor& t) { tensors.push_back({name, t.to_host()}); });
     tensors.push_back({"logits", logits_});
     Tensor history = Tensor::empty({static_cast<int64_t>(history_.size())}, DType::i32);
     std::memcpy(history.raw(), history_.data(), history.bytes());
@@ -89,7 +89,7 @@ void Session::load(const std::filesystem::path& file, Sampler& sampler) {
         return t.clone();
     };
     ModelState state = model_.new_state(1);
-    state.visit([&](const std::string& name, Tensor& t) { t = read(name, t.shape(), t.dtype()); });
+    state.visit([&](const std::string& name, Tensor& t) { t = read(name, t.shape(), t.dtype()).to(exec_); });
     const Tensor logits = read("logits", {1, model_.vocab()}, DType::f32);
     const Tensor ids = read("history", {saved.tensor("history").size()}, DType::i32);
     const auto* first = ids.data<const int32_t>();

@@ -93,7 +93,7 @@ uint64_t LanguageModel::fingerprint() {
     Fnv1a hash;
     hash.add(spec_.architecture.data(), spec_.architecture.size());
     visit([&](const std::string& name, Parameter& p) {
-        const Tensor& t = p.value();
+        const Tensor t = p.value().to_host();
         hash.add(name.data(), name.size());
         hash.add(t.shape().data(), t.shape().size() * sizeof(int64_t));
         const size_t sample = std::min(kSample, t.bytes());
@@ -106,14 +106,25 @@ uint64_t LanguageModel::fingerprint() {
 ModelState LanguageModel::new_state(int64_t sequences) const {
     ModelState state;
     for (const Block& block : blocks_) state.layers.push_back(block.mixer->new_state(sequences, dtype()));
+    state.visit([&](const std::string&, Tensor& t) { t = t.to(home_); });
     return state;
 }
 
+void LanguageModel::move_to(const Exec& ex) {
+    visit([&](const std::string&, Parameter& p) { p.var = Var(p.value().to(ex), p.var.requires_grad()); });
+    packed_head_ = {};
+    home_ = ex;
+}
+
 Var LanguageModel::hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state) {
+    // On the CPU the operator itself looks.
+    for (int64_t t = 0; ctx.exec.device != Device::cpu && t < ids.shape[0]; ++t)
+        require(ids(t) >= 0 && ids(t) < spec_.vocab, "embedding",
+                "ids[{}] = {} is outside the vocabulary [0, {})", t, ids(t), spec_.vocab);
     require(state == nullptr || state->layers.size() == blocks_.size(), "model",
             "the state has {} layers but the model {}", state ? state->layers.size() : 0, blocks_.size());
     const RmsNormOptions norm{.eps = spec_.norm_eps};
-    Normed stream{embedding(ctx, ids, embedding_.var), {}};
+    Normed stream{embedding(ctx, on_device_of(ctx.exec, ids), embedding_.var), {}};
     Var x;
     for (size_t i = 0; i < blocks_.size(); ++i) {
         stream = add_rms_norm(ctx, stream.residual, x, blocks_[i].norm_weight.var, norm, ctx.activation);
@@ -135,7 +146,12 @@ Tensor LanguageModel::logits(Ctx& ctx, const Tensor& hidden) {
 }
 
 void LanguageModel::nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> targets, View<float, 1> nll) {
-    linear_cross_entropy(ctx.exec, hidden, packed_head(), targets, nll);
+    const Tensor there = on_device_of(ctx.exec, targets),
+                 result = Tensor::empty(ctx.exec, {targets.shape[0]});
+    linear_cross_entropy(ctx.exec, hidden, packed_head(), there.view<const int32_t, 1>(),
+                         result.view<float, 1>());
+    const Tensor host = result.to_host();
+    for (int64_t i = 0; i < nll.shape[0]; ++i) nll(i) = host.data<float>()[i];
 }
 
 Var LanguageModel::loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale) {

@@ -56,6 +56,9 @@ public:
 
     // New f32 parameters, drawn from `seed`.
     void initialise(uint64_t seed);
+    // Moves the parameters to ex's device; states are made there from then on. Everything that runs the model
+    // afterwards must run on it. On the CPU at first.
+    void move_to(const Exec& ex);
     // Marks every parameter as wanting a gradient (all must be f32).
     void require_grad();
     // A number that differs between models: config, names, shapes and samples of the weights.
@@ -63,12 +66,12 @@ public:
 
     ModelState new_state(int64_t sequences) const;
 
-    // ids [t] -> [t e], after the final norm. ctx.cu_seqlens splits the tokens; empty with a state: one token
-    // of each sequence. Throws for ids outside [0, vocab).
+    // ids [t] (host memory, as all ids here) -> [t e], after the final norm. ctx.cu_seqlens splits the
+    // tokens; empty with a state: one token of each sequence. Throws for ids outside [0, vocab).
     Var hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state);
     // [t e] -> [t vocab] f32
     Tensor logits(Ctx& ctx, const Tensor& hidden);
-    // nll [t] of targets under the logits, without holding these.
+    // nll [t] (host memory) of targets under the logits, without holding these.
     void nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> targets, View<float, 1> nll);
     // Mean over the targets >= 0; with a tape, `scale` times its gradient is recorded.
     Var loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale = 1.0f);
@@ -85,6 +88,7 @@ private:
     Parameter embedding_, final_norm_, head_;
     std::vector<Block> blocks_;
     PackedWeight packed_head_;
+    Exec home_;
 };
 
 }  // namespace ssm

@@ -15,7 +15,8 @@ namespace {
 constexpr std::string_view kGradient = "grad.";
 
 // ||actual - expected|| / ||expected|| over dense f32 tensors; infinite where one is not finite.
-double relative_l2(const Tensor& actual, const Tensor& expected) {
+double relative_l2(const Tensor& there, const Tensor& expected) {
+    const Tensor actual = there.to_host();
     const auto *a = actual.data<const float>(), *b = expected.data<const float>();
     double difference = 0, norm = 0;
     for (int64_t i = 0, n = expected.size(); i < n; ++i) {
@@ -64,7 +65,7 @@ std::vector<int32_t> greedy_continuation(const Exec& ex, LanguageModel& model,
         Ctx ctx{.exec = ex, .activation = model.dtype()};
         if (t > 1) ctx.cu_seqlens = cu_seqlens;
         const Var hidden = model.hidden(ctx, {feed.data(), {t}}, &state);
-        const Tensor logits = model.logits(ctx, hidden.value().rows(t - 1, t));
+        const Tensor logits = model.logits(ctx, hidden.value().rows(t - 1, t)).to_host();
         ids.push_back(argmax({logits.data<const float>(), static_cast<size_t>(model.vocab())}));
         feed.assign(1, ids.back());
     }
@@ -137,6 +138,7 @@ bool Verified::ok() const {
 
 Verified verify_model(const Exec& ex, const std::filesystem::path& dir, const VerifyOptions& options) {
     const auto model = load_model(dir, options.dtype);
+    model->move_to(ex);
     const SafetensorsFile expected = SafetensorsFile::open(dir / "expected.safetensors");
     int64_t b = 0, l = 0;
     const auto input_ids = read_id_matrix(expected, "input_ids", b, l);

@@ -24,7 +24,7 @@ void RunOptions::add_to(CLI::App& command) {
 }
 
 Exec RunOptions::exec() const {
-    if (device == "cuda") fail(ErrorCode::unsupported, "device", "this build has no CUDA; use --device cpu");
+    if (device == "cuda") return make_cuda_exec();
     return make_cpu_exec(threads);
 }
 

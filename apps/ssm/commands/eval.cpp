@@ -36,6 +36,7 @@ void run(const Options& o) {
         ids = Tokenizer::load(dir).encode(text, true);
     }
     const auto model = load_model(dir, o.run.type());
+    model->move_to(ex);
     const bool terminal = isatty(STDERR_FILENO) != 0;
     const Evaluation e = evaluate(ex, *model, ids, o.evaluate, [&](const Evaluation& now) {
         if (!terminal) return;

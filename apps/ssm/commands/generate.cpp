@@ -43,6 +43,7 @@ void run(Options o) {
     require(!ids.empty() || !o.load_state.empty(), "generate",
             "the prompt is empty; give --prompt, --prompt-file, --ids or --load-state");
     const auto model = load_model(dir, o.run.type());
+    model->move_to(ex);
     Session session(ex, *model);
     Sampler sampler(o.sampler);
     if (!o.load_state.empty()) session.load(o.load_state, sampler);
