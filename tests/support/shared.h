@@ -8,8 +8,11 @@
 namespace ssm::test {
 
 // The root of this checkout. The build names it: __FILE__ may be relative (ccache's base_dir), and then
-// nothing is found from another working directory.
-inline std::filesystem::path source_dir() { return SSM_SOURCE_DIR; }
+// nothing is found from another working directory. SSM_SOURCE says where it is on another machine.
+inline std::filesystem::path source_dir() {
+    const char* variable = std::getenv("SSM_SOURCE");
+    return variable != nullptr ? variable : SSM_SOURCE_DIR;
+}
 
 // The environment variable SSM_SHARED or, unset, the folder `shared` beside the checkout. Empty when there
 // is no such folder: the test then skips itself.
