@@ -11,6 +11,7 @@
 
 #include "apps/ssm/commands/bench.h"
 #include "apps/ssm/commands/convert.h"
+#include "apps/ssm/commands/doctor.h"
 #include "apps/ssm/commands/eval.h"
 #include "apps/ssm/commands/generate.h"
 #include "apps/ssm/commands/inspect.h"
@@ -50,6 +51,7 @@ int main(int argc, char** argv) {
     ssm::cli::add_inspect(app);
     ssm::cli::add_convert(app);
     ssm::cli::add_bench(app);
+    ssm::cli::add_doctor(app);
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {

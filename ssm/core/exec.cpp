@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "ssm/core/error.h"
+#include "ssm/core/machine.h"
 
 namespace ssm {
 
@@ -18,6 +19,10 @@ Exec make_cuda_exec(int) {
     fail(ErrorCode::unsupported, "device", "this build has no CUDA; use --device cpu");
 }
 void synchronize(const Exec&) {}
+std::vector<Gpu> list_gpus(std::string& why) {
+    why = "this build has no CUDA";
+    return {};
+}
 #endif
 
 }  // namespace ssm

@@ -37,6 +37,8 @@ float ReadAll(const float* p, int64_t count, int pattern) {
     return ReadStreams<8>(p, count);
 }
 
+const char* TargetName() { return hwy::TargetName(HWY_TARGET); }
+
 }  // namespace ssm::machine_detail::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -44,10 +46,13 @@ HWY_AFTER_NAMESPACE();
 namespace ssm {
 namespace machine_detail {
 HWY_EXPORT(ReadAll);
+HWY_EXPORT(TargetName);
 float read_all(const float* p, int64_t count, int pattern) {
     return HWY_DYNAMIC_DISPATCH(ReadAll)(p, count, pattern);
 }
 }  // namespace machine_detail
+
+std::string instruction_set() { return HWY_DYNAMIC_DISPATCH(machine_detail::TargetName)(); }
 
 double measure_read_bandwidth(const Exec& ex) {
     using Clock = std::chrono::steady_clock;

@@ -1,5 +1,7 @@
 #include "ssm/core/cuda/context.h"
 
+#include "ssm/core/machine.h"
+
 namespace ssm {
 namespace cuda {
 
@@ -57,6 +59,20 @@ void DeviceAllocator::copy_out(void* to, const void* from, size_t bytes) {
 }
 
 }  // namespace cuda
+
+std::vector<Gpu> list_gpus(std::string& why) {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0)
+        why = status != cudaSuccess ? cudaGetErrorString(status) : "none listed";
+    std::vector<Gpu> all;
+    for (int i = 0; status == cudaSuccess && i < count; ++i) {
+        cudaDeviceProp p{};
+        cuda::check(cudaGetDeviceProperties(&p, i), "device");
+        all.push_back({p.name, p.major, p.minor, p.multiProcessorCount, p.totalGlobalMem});
+    }
+    return all;
+}
 
 Exec make_cuda_exec(int index) {
     constexpr int kOldest = 80;
