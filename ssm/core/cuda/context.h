@@ -4,6 +4,8 @@
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 
+#include <memory>
+#include <mutex>
 #include <string_view>
 
 #include "ssm/core/error.h"
@@ -28,6 +30,10 @@ public:
     cublasLtHandle_t blas() const { return blas_; }
     int multiprocessors() const { return multiprocessors_; }
     int index() const { return index_; }
+
+    // ops/linear's: how it runs the products it has met. Used under the mutex.
+    std::mutex products_mutex;
+    std::shared_ptr<void> products;
 
 private:
     int index_ = 0, multiprocessors_ = 0;

@@ -10,7 +10,8 @@ namespace {
 using cross_entropy_detail::Rows;
 using cross_entropy_detail::tile_rows;
 
-void check_targets(std::string_view op, View<const int32_t, 1> targets, int64_t v) {
+void check_targets(std::string_view op, const Exec& ex, View<const int32_t, 1> targets, int64_t v) {
+    if (ex.device != Device::cpu) return;  // only the device can read them
     for (int64_t i = 0; i < targets.shape[0]; ++i) {
         require(targets.data[i] < v, op, "target {} at position {} is not below the vocabulary's {} entries",
                 targets.data[i], i, v);
@@ -46,6 +47,7 @@ int64_t cross_entropy_detail::tile_rows(int64_t t, int64_t v) {
 void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
                           View<const int32_t, 1> targets, View<float, 1> nll) {
     constexpr std::string_view op = "linear_cross_entropy";
+    require_device(op, ex);
     require(static_cast<bool>(weight), op, "`weight` is absent");
     const int64_t v = weight.weight().dim(0), e = weight.weight().dim(1);
     require(hidden && hidden.rank() == 2 && hidden.dim(1) == e, op, "`hidden` must be [t {}] but is {}", e,
@@ -56,7 +58,10 @@ void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeig
     require_shape(op, "nll", "t", nll, {t});
     require_dense(op, "targets", targets);
     require_dense(op, "nll", nll);
-    check_targets(op, targets, v);
+    check_targets(op, ex, targets, v);
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::linear_cross_entropy(ex, hidden, weight, targets, nll);
+    }
     const int64_t tile = tile_rows(t, v);
     const Tensor logits = Tensor::empty(ex, {tile, v});
     for (int64_t at = 0; at < t; at += tile) {
@@ -72,6 +77,7 @@ void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, 
                                    View<float, 1> nll, View<float, 2> grad_hidden,
                                    View<float, 2> grad_weight) {
     constexpr std::string_view op = "linear_cross_entropy_backward";
+    require_device(op, ex);
     require(static_cast<bool>(weight), op, "`weight` is absent");
     const int64_t v = weight.shape[0], e = weight.shape[1], t = hidden.shape[0];
     if (t == 0) return;
@@ -84,7 +90,12 @@ void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, 
     require_dense(op, "targets", targets);
     require_dense(op, "grad_nll", grad_nll);
     require_dense(op, "nll", nll);
-    check_targets(op, targets, v);
+    check_targets(op, ex, targets, v);
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::linear_cross_entropy_backward(ex, hidden, weight, targets, grad_nll, nll,
+                                                       grad_hidden, grad_weight);
+    }
     const Tensor weight_tensor = borrow(weight), hidden_tensor = borrow(hidden);
     const int64_t tile = tile_rows(t, v);
     const Tensor logits = Tensor::empty(ex, {tile, v});

@@ -1,9 +1,12 @@
-// Private: the loops over rows of logits.
+// Private: the loops over rows of logits on the CPU, the whole on a GPU.
 #pragma once
 
 #include <cstdint>
 
 #include "ssm/core/exec.h"
+#include "ssm/core/tensor.h"
+#include "ssm/core/view.h"
+#include "ssm/ops/linear/linear.h"
 
 namespace ssm::cross_entropy_detail {
 
@@ -25,3 +28,19 @@ void nll_and_gradients_of_rows(const Exec& ex, const Rows& r) noexcept;
 int64_t tile_rows(int64_t t, int64_t v);
 
 }  // namespace ssm::cross_entropy_detail
+
+// Arguments are checked, but for targets: those are in device memory.
+namespace ssm::cuda {
+
+// f32 logits of one tile. Large: the weight's gradient is read and written once for each tile.
+inline constexpr int64_t kTileBytes = int64_t{512} << 20;
+
+void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
+                          View<const int32_t, 1> targets, View<float, 1> nll,
+                          int64_t tile_bytes = kTileBytes);
+void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, View<const float, 2> weight,
+                                   View<const int32_t, 1> targets, View<const float, 1> grad_nll,
+                                   View<float, 1> nll, View<float, 2> grad_hidden, View<float, 2> grad_weight,
+                                   int64_t tile_bytes = kTileBytes);
+
+}  // namespace ssm::cuda

@@ -35,6 +35,24 @@ void require_matrix(std::string_view op, std::string_view name, std::string_view
 Matrix matrix_of(const Tensor& t) { return {t.raw(), t.dtype(), t.stride(), false}; }
 Matrix matrix_of(View<const float, 2> v) { return {v.data, DType::f32, v.stride, false}; }
 
+bool on_gpu(const Exec& ex) { return kHasCuda && ex.device == Device::cuda; }
+
+// Of the two devices'.
+void convert(const Exec& ex, int64_t rows, int64_t columns, const Matrix& from, void* to, DType to_dtype,
+             int64_t to_stride) {
+    if constexpr (kHasCuda) {
+        if (on_gpu(ex)) return cuda::convert_rows(ex, rows, columns, from, to, to_dtype, to_stride);
+    }
+    convert_rows(ex, rows, columns, from, to, to_dtype, to_stride);
+}
+
+void column_sums(const Exec& ex, View<const float, 2> a, float* sum) {
+    if constexpr (kHasCuda) {
+        if (on_gpu(ex)) return cuda::add_column_sums(ex, a, sum);
+    }
+    add_column_sums(ex, a, sum);
+}
+
 Matrix transposed(Matrix m) {
     m.transpose = !m.transpose;
     return m;
@@ -45,24 +63,30 @@ Matrix converted(const Exec& ex, const Matrix& m, int64_t rows, int64_t columns,
                  Tensor& storage) {
     if (m.dtype == dtype) return m;
     storage = Tensor::empty(ex, {rows, columns}, dtype);
-    convert_rows(ex, rows, columns, m, storage.raw(), dtype, columns);
+    convert(ex, rows, columns, m, storage.raw(), dtype, columns);
     return {storage.raw(), dtype, columns, false};
 }
 
 // Degenerate products, then the engine that this build has. `packed`: B is this weight, transposed.
 void product(const Exec& ex, const Product& p, PackedWeight::State* packed = nullptr) {
     if (p.m == 0 || p.n == 0) return;
+    if constexpr (kHasCuda) {
+        if (on_gpu(ex)) return cuda::product(ex, p);
+    }
     if constexpr (build::has_onednn) {
         if (p.k > 0) return packed != nullptr ? product_packed(ex, p, *packed) : product_onednn(ex, p);
     }
     product_plain(ex, p);
 }
 
+bool products_run_in_bf16(const Exec& ex) { return on_gpu(ex) || linear_detail::products_run_in_bf16(); }
+
 // The dtype in which x W^T is computed.
 DType compute_type(const Exec& ex, const Tensor& x, const Tensor& weight, bool training) {
-    if (!products_run_in_bf16()) return DType::f32;
+    if (!products_run_in_bf16(ex)) return DType::f32;
     if (weight.dtype() == DType::bf16) return DType::bf16;
-    const bool round = training && ex.matmul == MatmulPrecision::bf16 && x.dtype() == DType::f32;
+    const bool round =
+        training && ex.matmul == MatmulPrecision::bf16 && (x.dtype() == DType::f32 || on_gpu(ex));
     return round ? DType::bf16 : DType::f32;
 }
 
@@ -75,6 +99,28 @@ void check_linear(const Tensor& x, const Tensor& weight, View<const float, 1> bi
     require(!bias || bias.stride == 1 || o <= 1, kOp, "`bias` must be dense");
     require(y.dtype() == DType::f32 || x.dtype() == DType::bf16 || weight.dtype() == DType::bf16, kOp,
             "`y` must be f32 when `x` and `weight` are f32");
+}
+
+int64_t few_rows_limit(const Exec& ex, bool packed) {
+    if (on_gpu(ex)) return cuda::kFewRows;
+    return build::has_onednn && packed ? kFewRowsPacked : kFewRowsPlain;
+}
+
+void run_few_rows(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
+                  const Tensor& y) {
+    const FewRows args{.t = x.dim(0),
+                       .i = x.dim(1),
+                       .o = weight.dim(0),
+                       .x = matrix_of(x),
+                       .weight = matrix_of(weight),
+                       .bias = bias.data,
+                       .y = y.raw(),
+                       .y_dtype = y.dtype(),
+                       .y_stride = y.stride()};
+    if constexpr (kHasCuda) {
+        if (on_gpu(ex)) return cuda::few_rows(ex, args);
+    }
+    few_rows(ex, args);
 }
 
 // The weight as [i o]^T in the compute type, the product, and y in its own type.
@@ -96,23 +142,16 @@ void run(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float
     p.c_dtype = out.dtype();
     p.c_stride = out.stride();
     product(ex, p, weight_copy ? nullptr : packed);
-    if (!direct) convert_rows(ex, t, o, matrix_of(out), y.raw(), y.dtype(), y.stride());
+    if (!direct) convert(ex, t, o, matrix_of(out), y.raw(), y.dtype(), y.stride());
 }
 
 void linear_any(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
                 const Tensor& y, PackedWeight::State* packed) {
+    require_device(kOp, ex);
     check_linear(x, weight, bias, y);
-    if (x.dim(0) <= (build::has_onednn && packed != nullptr ? kFewRowsPacked : kFewRowsPlain)) {
-        if (y.size() == 0) return;
-        return few_rows(ex, {.t = x.dim(0),
-                             .i = x.dim(1),
-                             .o = weight.dim(0),
-                             .x = matrix_of(x),
-                             .weight = matrix_of(weight),
-                             .bias = bias.data,
-                             .y = y.raw(),
-                             .y_dtype = y.dtype(),
-                             .y_stride = y.stride()});
+    if (x.dim(0) <= few_rows_limit(ex, packed != nullptr)) {
+        if (y.size() > 0) run_few_rows(ex, x, weight, bias, y);
+        return;
     }
     run(ex, x, weight, bias, y, compute_type(ex, x, weight, packed == nullptr), packed);
 }
@@ -142,6 +181,7 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
                      View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
                      View<float, 1> grad_bias, LinearBackwardSet set) {
     constexpr std::string_view op = "linear_backward";
+    require_device(op, ex);
     require(static_cast<bool>(weight), op, "`weight` is absent");
     const int64_t o = weight.shape[0], i = weight.shape[1];
     require_matrix(op, "x", "t i", x, -1, i);
@@ -151,8 +191,8 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
     require_shape_if(op, "grad_weight", "o i", grad_weight, {o, i});
     require_shape_if(op, "grad_bias", "o", grad_bias, {o});
     require(!grad_bias || grad_bias.stride == 1 || o <= 1, op, "`grad_bias` must be dense");
-    if (grad_bias) add_column_sums(ex, grad_y, grad_bias.data);
-    const bool round = ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16();
+    if (grad_bias) column_sums(ex, grad_y, grad_bias.data);
+    const bool round = ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16(ex);
     const DType compute = round ? DType::bf16 : DType::f32;
     Tensor grad_copy, other_copy;
     const Matrix g = converted(ex, matrix_of(grad_y), t, o, compute, grad_copy);
@@ -183,6 +223,7 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
 void matmul(const Exec& ex, View<const float, 2> a, View<const float, 2> b, View<float, 2> c,
             const MatmulOptions& options) {
     constexpr std::string_view op = "matmul";
+    require_device(op, ex);
     require(a && b && c, op, "an operand is absent");
     const auto rows = [](const auto& v, bool transpose) { return v.shape[transpose ? 1 : 0]; };
     const int64_t m = rows(a, options.transpose_a), k = rows(a, !options.transpose_a);

@@ -10,6 +10,8 @@
 // Cost       2 t i o FLOP. t large: oneDNN, compute bound. t small (decoding): the weight is read once, bound
 // by
 //            memory: floor = o i sizeof(weight) / bandwidth.
+// GPU        cuBLASLt, t <= 8 a kernel of our own; a PackedWeight is the plain weight. f32 is f32 (no tf32).
+//            With ex.matmul == bf16 both x and weight are rounded, whatever their types (t > 8).
 #pragma once
 
 #include <memory>

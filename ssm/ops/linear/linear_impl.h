@@ -1,4 +1,4 @@
-// Private to this folder: the pieces that linear.cpp puts together.
+// Private to this folder, and to ops/cross_entropy on a GPU: the pieces that linear.cpp puts together.
 #pragma once
 
 #include <cstdint>
@@ -78,4 +78,21 @@ void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const Matrix& f
 void add_column_sums(const Exec& ex, View<const float, 2> a, float* sum) noexcept;
 
 }  // namespace linear_detail
+
+// The same pieces on a GPU: all pointers are device memory.
+namespace cuda {
+
+// linear_cuda.cu, by cuBLASLt. Any dimension but m and n may be 0. A product in bf16 with an operand whose
+// rows are not aligned to 16 bytes goes through an aligned copy of it.
+void product(const Exec& ex, const linear_detail::Product& p);
+void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const linear_detail::Matrix& from, void* to,
+                  DType to_dtype, int64_t to_stride);
+// Fixed order of summation: the same bytes from run to run.
+void add_column_sums(const Exec& ex, View<const float, 2> a, float* sum);
+
+// linear_few_rows_cuda.cu: t <= kFewRows.
+inline constexpr int64_t kFewRows = 8;
+void few_rows(const Exec& ex, const linear_detail::FewRows& args);
+
+}  // namespace cuda
 }  // namespace ssm

@@ -276,4 +276,17 @@ int32_t argmax(std::span<const float> logits) {
     return static_cast<int32_t>(best.index);
 }
 
+void argmax(const Exec& ex, View<const float, 2> logits, View<int32_t, 1> ids) {
+    constexpr std::string_view op = "argmax";
+    require_device(op, ex);
+    const int64_t b = logits.shape[0], v = logits.shape[1];
+    if (b == 0) return;
+    require(static_cast<bool>(logits) && v > 0, op, "there are no logits");
+    require_shape(op, "ids", "b", ids, {b});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::argmax(ex, logits, ids);
+    }
+    for (int64_t i = 0; i < b; ++i) ids(i) = argmax({logits.row(i), static_cast<size_t>(v)});
+}
+
 }  // namespace ssm

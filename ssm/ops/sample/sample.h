@@ -21,6 +21,9 @@
 #include <span>
 #include <vector>
 
+#include "ssm/core/exec.h"
+#include "ssm/core/view.h"
+
 namespace ssm {
 
 struct SamplerOptions {
@@ -69,5 +72,10 @@ private:
 // The first index of the largest value. Throws Error(numeric) when a logit is NaN, Error(invalid_argument)
 // when there is none.
 int32_t argmax(std::span<const float> logits);
+
+// The same for every row of logits [b v], where the logits are (ids [b] too): on a GPU nothing waits and
+// nothing is copied to the host. Columns of padding: pass fewer columns. A row with a NaN throws; on a GPU
+// its id is -1.
+void argmax(const Exec& ex, View<const float, 2> logits, View<int32_t, 1> ids);
 
 }  // namespace ssm

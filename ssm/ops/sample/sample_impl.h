@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "ssm/core/exec.h"
+#include "ssm/core/view.h"
+
 namespace ssm::cpu {
 
 // Logits are looked at in blocks of this many: the maximum of a block tells whether it can hold a kept one.
@@ -25,3 +28,9 @@ void exp_weights(const float* x, int64_t n, float max, float inv_temperature, fl
 void block_sums(const float* w, int64_t n, double* sums);
 
 }  // namespace ssm::cpu
+
+namespace ssm::cuda {
+
+void argmax(const Exec& ex, View<const float, 2> logits, View<int32_t, 1> ids);
+
+}  // namespace ssm::cuda
