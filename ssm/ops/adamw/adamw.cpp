@@ -7,10 +7,6 @@
 namespace ssm {
 namespace {
 
-void require_cpu(std::string_view op, const Exec& ex) {
-    if (ex.device != Device::cpu) fail(ErrorCode::unsupported, op, "there is no kernel for this device");
-}
-
 void require_options(std::string_view op, const AdamWOptions& o) {
     require(std::isfinite(o.lr) && o.lr >= 0, op, "lr must be finite and >= 0 but is {}", o.lr);
     require(o.beta1 >= 0 && o.beta1 < 1, op, "beta1 must be in [0, 1) but is {}", o.beta1);
@@ -27,7 +23,7 @@ void require_options(std::string_view op, const AdamWOptions& o) {
 void adamw_step(const Exec& ex, View<float, 1> param, View<const float, 1> grad, View<float, 1> m,
                 View<float, 1> v, const AdamWOptions& options) {
     constexpr std::string_view op = "adamw_step";
-    require_cpu(op, ex);
+    require_device(op, ex);
     require(static_cast<bool>(param), op, "`param` is absent");
     require_shape(op, "grad", "count", grad, param.shape);
     require_shape(op, "m", "count", m, param.shape);
@@ -39,7 +35,7 @@ void adamw_step(const Exec& ex, View<float, 1> param, View<const float, 1> grad,
     const double bias1 = 1.0 - std::pow(static_cast<double>(options.beta1), step);
     const double bias2 = 1.0 - std::pow(static_cast<double>(options.beta2), step);
     const double lr = options.lr, scale = options.grad_scale;
-    const cpu::AdamWConstants c{
+    const AdamWConstants c{
         .beta1 = options.beta1,
         .g1 = static_cast<float>((1.0 - static_cast<double>(options.beta1)) * scale),
         .beta2 = options.beta2,
@@ -49,14 +45,21 @@ void adamw_step(const Exec& ex, View<float, 1> param, View<const float, 1> grad,
         .inv_bias2 = static_cast<float>(1.0 / std::sqrt(bias2)),
         .eps = options.eps,
     };
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::adamw_step(ex, param.shape[0], param.data, grad.data, m.data, v.data, c);
+    }
     cpu::adamw_step(ex, param.shape[0], param.data, grad.data, m.data, v.data, c);
 }
 
 double squared_norm(const Exec& ex, View<const float, 1> x) {
     constexpr std::string_view op = "squared_norm";
-    require_cpu(op, ex);
+    require_device(op, ex);
     require(x || x.shape[0] == 0, op, "`x` is absent");
     require(x.dense(), op, "`x` must be dense");
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::squared_norm(ex, x.shape[0], x.data);
+    }
     return cpu::squared_norm(ex, x.shape[0], x.data);
 }
 

@@ -24,7 +24,7 @@ void adamw_step(const Exec& ex, View<float, 1> param, View<const float, 1> grad,
                 View<float, 1> v, const AdamWOptions& options);
 
 // Sum of squares in f64; blocks of fixed size are summed in a fixed order, so the result does not depend on
-// threads.
+// threads. On a GPU it waits for the device: not for a graph of a step.
 double squared_norm(const Exec& ex, View<const float, 1> x);
 
 }  // namespace ssm

@@ -19,7 +19,7 @@ namespace {
 using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
-void AdamWRun(int64_t n, float* param, const float* grad, float* m, float* v, const cpu::AdamWConstants& c) {
+void AdamWRun(int64_t n, float* param, const float* grad, float* m, float* v, const AdamWConstants& c) {
     const DF d;
     const VF beta1 = hn::Set(d, c.beta1), g1 = hn::Set(d, c.g1), beta2 = hn::Set(d, c.beta2),
              g2 = hn::Set(d, c.g2), decay = hn::Set(d, c.decay), rate = hn::Set(d, c.rate),

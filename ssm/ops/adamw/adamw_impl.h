@@ -3,7 +3,7 @@
 
 #include "ssm/ops/adamw/adamw.h"
 
-namespace ssm::cpu {
+namespace ssm {
 
 // The step with its constants folded:
 //   m = beta1 m + g1 grad,  v = beta2 v + g2 grad^2,  p = decay p - rate m / (sqrt(v) inv_bias2 + eps)
@@ -15,9 +15,22 @@ struct AdamWConstants {
     float inv_bias2;  // 1 / sqrt(1 - beta2^step)
     float eps;
 };
+
+namespace cpu {
+
 void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
                 const AdamWConstants& c);
 
 double squared_norm(const Exec& ex, int64_t count, const float* x);
 
-}  // namespace ssm::cpu
+}  // namespace cpu
+
+namespace cuda {
+
+void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
+                const AdamWConstants& c);
+
+double squared_norm(const Exec& ex, int64_t count, const float* x);
+
+}  // namespace cuda
+}  // namespace ssm

@@ -10,7 +10,7 @@ constexpr std::string_view kOp = "causal_conv1d";
 
 template <class T>
 void check_inputs(const Exec& ex, const CausalConv1dInputs<T>& in) {
-    if (ex.device != Device::cpu) fail(ErrorCode::unsupported, kOp, "this build has no CUDA kernel");
+    require_device(kOp, ex);
     require(static_cast<bool>(in.x), kOp, "`x` must be [t d] but is absent");
     require(static_cast<bool>(in.weight), kOp, "`weight` must be [d k] but is absent");
     require(in.weight.shape[1] >= 1, kOp, "`weight` must be [d k] with k >= 1 but is {}",
@@ -38,6 +38,9 @@ void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y
     require_shape(kOp, "y", "t d", y, in.x.shape);
     require_shape_if(kOp, "final_state", "s k-1 d", final_state, state);
     require(in.x.size() == 0 || static_cast<const void*>(y.data) != in.x.data, kOp, "`y` must not alias `x`");
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::causal_conv1d(ex, in, y, final_state);
+    }
     cpu::causal_conv1d(ex, in, y, final_state);
 }
 
@@ -53,6 +56,10 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
     require_shape_if(kOp, "grad.bias", "d", grad.bias, {in.x.shape[1]});
     require_shape_if(kOp, "grad.initial_state", "s k-1 d", grad.initial_state, state);
     require(!grad.bias || in.bias, kOp, "`grad.bias` is given but `bias` is absent");
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::causal_conv1d_backward(ex, in, grad_y, grad_final_state, grad);
+    }
     cpu::causal_conv1d_backward(ex, in, grad_y, grad_final_state, grad);
 }
 
@@ -62,6 +69,9 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
     const int64_t s = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
     if (k > 1) require_shape(kOp, "state", "s k-1 d", state, {s, k - 1, d});
     require_shape(kOp, "y", "s d", y, {s, d});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::causal_conv1d_step(ex, in, state, y);
+    }
     cpu::causal_conv1d_step(ex, in, state, y);
 }
 

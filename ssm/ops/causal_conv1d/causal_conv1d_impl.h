@@ -4,7 +4,8 @@
 #include "ssm/core/dtype.h"
 #include "ssm/ops/causal_conv1d/causal_conv1d.h"
 
-namespace ssm::cpu {
+namespace ssm {
+namespace cpu {
 
 template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
@@ -16,4 +17,19 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
 template <class T>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y);
 
-}  // namespace ssm::cpu
+}  // namespace cpu
+
+namespace cuda {
+
+template <class T>
+void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
+
+template <class T>
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad);
+
+template <class T>
+void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y);
+
+}  // namespace cuda
+}  // namespace ssm

@@ -20,8 +20,6 @@ HWY_BEFORE_NAMESPACE();
 namespace ssm::HWY_NAMESPACE {
 namespace {
 
-using cpu::Binary;
-using cpu::Unary;
 using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 

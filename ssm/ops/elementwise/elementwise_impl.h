@@ -4,22 +4,36 @@
 
 #include "ssm/ops/elementwise/elementwise.h"
 
-namespace ssm::cpu {
+namespace ssm {
 
 enum class Unary { neg_exp, silu, softplus };
+enum class Binary { add, multiply };
+
+namespace cpu {
+
 void unary(const Exec& ex, Unary f, View<const float, 2> x, View<float, 2> y);
 // grad_x += grad_y f'; `x_or_y` is y for neg_exp, x for the others.
 void unary_backward(const Exec& ex, Unary f, View<const float, 2> x_or_y, View<const float, 2> grad_y,
                     View<float, 2> grad_x);
-
-enum class Binary { add, multiply };
 void binary(const Exec& ex, Binary f, View<const float, 2> a, View<const float, 2> b, View<float, 2> y);
-
 // y += x b, and y += scale x.
 void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float, 2> b, View<float, 2> y);
 void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale);
-
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y);
 
-}  // namespace ssm::cpu
+}  // namespace cpu
+
+namespace cuda {
+
+void unary(const Exec& ex, Unary f, View<const float, 2> x, View<float, 2> y);
+void unary_backward(const Exec& ex, Unary f, View<const float, 2> x_or_y, View<const float, 2> grad_y,
+                    View<float, 2> grad_x);
+void binary(const Exec& ex, Binary f, View<const float, 2> a, View<const float, 2> b, View<float, 2> y);
+void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float, 2> b, View<float, 2> y);
+void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale);
+template <class X, class Y>
+void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y);
+
+}  // namespace cuda
+}  // namespace ssm

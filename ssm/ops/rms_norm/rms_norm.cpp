@@ -8,10 +8,6 @@ namespace {
 
 using Gate = RmsNormOptions::Gate;
 
-void require_cpu(std::string_view op, const Exec& ex) {
-    if (ex.device != Device::cpu) fail(ErrorCode::unsupported, op, "there is no kernel for this device");
-}
-
 void require_options(std::string_view op, const RmsNormOptions& options, int64_t d) {
     require(d >= 1, op, "d must be at least 1 but is {}", d);
     require(options.groups >= 1 && d % options.groups == 0, op, "groups = {} does not divide d = {}",
@@ -38,11 +34,15 @@ void rms_norm(const Exec& ex, const RmsNormInputs<X, Y>& in, View<Y, 2> y, View<
               const RmsNormOptions& options) {
     constexpr std::string_view op = "rms_norm";
     const int64_t t = in.x.shape[0], d = in.x.shape[1];
-    require_cpu(op, ex);
+    require_device(op, ex);
     require_inputs(op, in, options);
     require_shape(op, "y", "t d", y, {t, d});
     require_shape_if(op, "rstd", "t groups", rstd, {t, options.groups});
-    cpu::rms_norm<X, Y>(ex, {{}, in, {}, y, rstd, options});
+    const RmsNormCall<X, Y> call{{}, in, {}, y, rstd, options};
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::rms_norm(ex, call);
+    }
+    cpu::rms_norm(ex, call);
 }
 
 template <class X, class Y>
@@ -51,7 +51,7 @@ void add_rms_norm(const Exec& ex, View<const float, 2> residual, View<const X, 2
                   const RmsNormOptions& options) {
     constexpr std::string_view op = "add_rms_norm";
     const int64_t t = x.shape[0], d = x.shape[1];
-    require_cpu(op, ex);
+    require_device(op, ex);
     require(options.gate == Gate::none, op, "a gate is not supported");
     const RmsNormInputs<X, Y> in{x, weight, {}};
     require_inputs(op, in, options);
@@ -59,7 +59,11 @@ void add_rms_norm(const Exec& ex, View<const float, 2> residual, View<const X, 2
     require_shape(op, "residual_out", "t d", residual_out, {t, d});
     require_shape(op, "y", "t d", y, {t, d});
     require_shape_if(op, "rstd", "t groups", rstd, {t, options.groups});
-    cpu::rms_norm<X, Y>(ex, {residual, in, residual_out, y, rstd, options});
+    const RmsNormCall<X, Y> call{residual, in, residual_out, y, rstd, options};
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::rms_norm(ex, call);
+    }
+    cpu::rms_norm(ex, call);
 }
 
 template <class X, class Y>
@@ -68,7 +72,7 @@ void rms_norm_backward(const Exec& ex, const RmsNormInputs<X, Y>& in, View<const
                        const RmsNormOptions& options) {
     constexpr std::string_view op = "rms_norm_backward";
     const int64_t t = in.x.shape[0], d = in.x.shape[1];
-    require_cpu(op, ex);
+    require_device(op, ex);
     require_inputs(op, in, options);
     require_shape(op, "rstd", "t groups", rstd, {t, options.groups});
     require_shape(op, "grad_y", "t d", grad_y, {t, d});
@@ -78,7 +82,11 @@ void rms_norm_backward(const Exec& ex, const RmsNormInputs<X, Y>& in, View<const
     require(grad.weight.dense(), op, "`grad.weight` must be dense");
     require(!grad.weight || in.weight, op, "`grad.weight` is given but `weight` is absent");
     require(!grad.z || in.z, op, "`grad.z` is given but `z` is absent");
-    cpu::rms_norm_backward<X, Y>(ex, {in, rstd, grad_y, grad, options});
+    const RmsNormBackwardCall<X, Y> call{in, rstd, grad_y, grad, options};
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::rms_norm_backward(ex, call);
+    }
+    cpu::rms_norm_backward(ex, call);
 }
 
 template void rms_norm(const Exec&, const RmsNormInputs<float, float>&, View<float, 2>, View<float, 2>,

@@ -76,7 +76,7 @@ HWY_INLINE void ScaleGroup(int64_t n, const V* v, float scale, const float* weig
 
 // Rows begin .. end. `scratch`: d floats, used with gate before.
 template <class X, class Y>
-HWY_INLINE void ForwardRows(const cpu::RmsNormCall<X, Y>& call, float* scratch, int64_t begin, int64_t end) {
+HWY_INLINE void ForwardRows(const RmsNormCall<X, Y>& call, float* scratch, int64_t begin, int64_t end) {
     const DF d;
     const auto& [residual, in, residual_out, y, rstd, options] = call;
     const int64_t groups = options.groups, n = in.x.shape[1] / groups;
@@ -202,8 +202,8 @@ HWY_INLINE void BackwardApply(const BackwardGroup<X, Y>& a, float mean) {
 
 // Rows begin .. end; grad_weight: [d], added to, or null; scratch: 2 d floats.
 template <Gate kGate, class X, class Y>
-HWY_INLINE void BackwardRows(const cpu::RmsNormBackwardCall<X, Y>& call, const float* weight,
-                             float* grad_weight, float* scratch, int64_t begin, int64_t end) {
+HWY_INLINE void BackwardRows(const RmsNormBackwardCall<X, Y>& call, const float* weight, float* grad_weight,
+                             float* scratch, int64_t begin, int64_t end) {
     const int64_t groups = call.options.groups, n = call.in.x.shape[1] / groups;
     for (int64_t t = begin; t < end; ++t) {
         for (int64_t g = 0; g < groups; ++g) {
@@ -226,8 +226,8 @@ HWY_INLINE void BackwardRows(const cpu::RmsNormBackwardCall<X, Y>& call, const f
 }
 
 template <class X, class Y>
-HWY_INLINE void BackwardGated(const cpu::RmsNormBackwardCall<X, Y>& call, const float* weight,
-                              float* grad_weight, float* scratch, int64_t begin, int64_t end) {
+HWY_INLINE void BackwardGated(const RmsNormBackwardCall<X, Y>& call, const float* weight, float* grad_weight,
+                              float* scratch, int64_t begin, int64_t end) {
     switch (call.options.gate) {
         case Gate::none: return BackwardRows<Gate::none>(call, weight, grad_weight, scratch, begin, end);
         case Gate::before: return BackwardRows<Gate::before>(call, weight, grad_weight, scratch, begin, end);
@@ -236,25 +236,25 @@ HWY_INLINE void BackwardGated(const cpu::RmsNormBackwardCall<X, Y>& call, const 
 }
 
 // Highway dispatches plain functions, one for each pair of types.
-void ForwardF32F32(const cpu::RmsNormCall<float, float>& call, float* scratch, int64_t begin, int64_t end) {
+void ForwardF32F32(const RmsNormCall<float, float>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void ForwardF32Bf16(const cpu::RmsNormCall<float, bf16>& call, float* scratch, int64_t begin, int64_t end) {
+void ForwardF32Bf16(const RmsNormCall<float, bf16>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void ForwardBf16Bf16(const cpu::RmsNormCall<bf16, bf16>& call, float* scratch, int64_t begin, int64_t end) {
+void ForwardBf16Bf16(const RmsNormCall<bf16, bf16>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void BackwardF32F32(const cpu::RmsNormBackwardCall<float, float>& call, const float* weight,
-                    float* grad_weight, float* scratch, int64_t begin, int64_t end) {
+void BackwardF32F32(const RmsNormBackwardCall<float, float>& call, const float* weight, float* grad_weight,
+                    float* scratch, int64_t begin, int64_t end) {
     BackwardGated(call, weight, grad_weight, scratch, begin, end);
 }
-void BackwardF32Bf16(const cpu::RmsNormBackwardCall<float, bf16>& call, const float* weight,
-                     float* grad_weight, float* scratch, int64_t begin, int64_t end) {
+void BackwardF32Bf16(const RmsNormBackwardCall<float, bf16>& call, const float* weight, float* grad_weight,
+                     float* scratch, int64_t begin, int64_t end) {
     BackwardGated(call, weight, grad_weight, scratch, begin, end);
 }
-void BackwardBf16Bf16(const cpu::RmsNormBackwardCall<bf16, bf16>& call, const float* weight,
-                      float* grad_weight, float* scratch, int64_t begin, int64_t end) {
+void BackwardBf16Bf16(const RmsNormBackwardCall<bf16, bf16>& call, const float* weight, float* grad_weight,
+                      float* scratch, int64_t begin, int64_t end) {
     BackwardGated(call, weight, grad_weight, scratch, begin, end);
 }
 

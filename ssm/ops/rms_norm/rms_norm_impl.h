@@ -3,7 +3,7 @@
 
 #include "ssm/ops/rms_norm/rms_norm.h"
 
-namespace ssm::cpu {
+namespace ssm {
 
 template <class X, class Y>
 struct RmsNormCall {
@@ -14,8 +14,6 @@ struct RmsNormCall {
     View<float, 2> rstd;          // [t groups] or absent
     RmsNormOptions options;
 };
-template <class X, class Y>
-void rms_norm(const Exec& ex, const RmsNormCall<X, Y>& call);
 
 template <class X, class Y>
 struct RmsNormBackwardCall {
@@ -25,7 +23,22 @@ struct RmsNormBackwardCall {
     RmsNormGradients grad;
     RmsNormOptions options;
 };
+
+namespace cpu {
+
+template <class X, class Y>
+void rms_norm(const Exec& ex, const RmsNormCall<X, Y>& call);
 template <class X, class Y>
 void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<X, Y>& call);
 
-}  // namespace ssm::cpu
+}  // namespace cpu
+
+namespace cuda {
+
+template <class X, class Y>
+void rms_norm(const Exec& ex, const RmsNormCall<X, Y>& call);
+template <class X, class Y>
+void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<X, Y>& call);
+
+}  // namespace cuda
+}  // namespace ssm

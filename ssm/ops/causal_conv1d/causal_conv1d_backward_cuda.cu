@@ -1,0 +1,288 @@
+// CUDA kernels of the causal convolution, backward. As forward, a thread takes a pack of channels through a
+// run of tokens; gradients of inputs lag behind by k-1 tokens, so a run looks k-1 tokens further. Sums over
+// tokens for weight and bias: threads, then the runs of a block, then the blocks, each in a fixed order.
+#include <cstdlib>
+
+#include "ssm/core/cuda/column_sums.cuh"
+#include "ssm/ops/causal_conv1d/causal_conv1d_cuda.cuh"
+
+namespace ssm::cuda {
+namespace {
+
+constexpr std::string_view kOp = "causal_conv1d";
+constexpr int kRuns = kConvThreads / kWarp;  // of a block
+constexpr int kHalo = kTaps - 1;
+
+template <class T>
+struct BackwardParams {
+    ConvInputs<T> in;
+    View<const float, 2> grad_y;
+    View<const float, 3> grad_final_state;
+    CausalConv1dGradients grad;
+    float* partial;  // [blocks taps+1 d], the bias last; or null
+    int64_t run;     // tokens of a thread
+};
+
+// d act(v) / d v.
+__device__ inline float slope(float v, bool silu) { return silu ? silu_slope(v, fast_sigmoid(v)) : 1.0f; }
+
+template <class T, int N>
+struct Sums {
+    float at[kTaps + 1][N];  // weight by tap, then bias
+};
+
+// grad x at a token, given what the window says.
+template <class T, int N>
+__device__ inline void put_grad_x(const BackwardParams<T>& p, const Segment& segment, int64_t token,
+                                  int64_t channel, Pack<float, N> v) {
+    const int64_t k = p.in.k(), row = token - (segment.end - (k - 1));
+    if (p.grad_final_state.data != nullptr && row >= 0) {
+        const Pack<float, N> more = load_pack<N>(
+            p.grad_final_state.data + segment.s * p.grad_final_state.stride + row * p.in.d() + channel);
+#pragma unroll
+        for (int n = 0; n < N; ++n) v.at[n] += more.at[n];
+    }
+    float* out = p.grad.x.data + token * p.grad.x.stride + channel;
+    if (!p.grad.set_x) {
+        const Pack<float, N> old = load_pack<N>(out);
+#pragma unroll
+        for (int n = 0; n < N; ++n) v.at[n] += old.at[n];
+    }
+    store_pack(out, v);
+}
+
+// Tokens [first, last) of one sequence.
+template <class T, int N>
+__device__ inline void backward_run(const BackwardParams<T>& p, const Filter<N>& filter,
+                                    const Segment& segment, int64_t first, int64_t last, int64_t channel,
+                                    Sums<T, N>& sums) {
+    constexpr int kBlock = 4;
+    Pack<float, N> rows[kHalo + kBlock], g[kHalo + kBlock];  // the window, then the block
+    const int64_t seen = last + kHalo < segment.end ? last + kHalo : segment.end;
+#pragma unroll
+    for (int j = 0; j < kHalo; ++j) {
+        rows[j] = load_input<N>(p.in, segment, first - kHalo + j, channel);
+        g[j] = {};
+    }
+    for (int64_t token = first; token < last + kHalo; token += kBlock) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+            rows[kHalo + j] = g[kHalo + j] = {};
+            if (token + j >= seen) continue;
+            rows[kHalo + j] = load_floats<N>(p.in.x.data + (token + j) * p.in.x.stride + channel);
+            g[kHalo + j] = load_pack<N>(p.grad_y.data + (token + j) * p.grad_y.stride + channel);
+        }
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+            const bool mine = token + j < last;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                float& grad = g[kHalo + j].at[n];
+                grad *= slope(filter.sum(rows + j, n), p.in.silu);
+                const float counted = mine ? grad : 0.0f;
+#pragma unroll
+                for (int i = 0; i < kTaps; ++i)
+                    sums.at[i][n] = fmaf(counted, rows[j + i].at[n], sums.at[i][n]);
+                sums.at[kTaps][n] += counted;
+            }
+            const int64_t at = token + j - kHalo;
+            if (at < first || at >= last || p.grad.x.data == nullptr) continue;
+            Pack<float, N> v = {};
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int i = 0; i < kTaps; ++i)
+                    v.at[n] = fmaf(filter.weight[kTaps - 1 - i][n], g[j + i].at[n], v.at[n]);
+            put_grad_x<T, N>(p, segment, at, channel, v);
+        }
+#pragma unroll
+        for (int j = 0; j < kHalo; ++j) {
+            rows[j] = rows[j + kBlock];
+            g[j] = g[j + kBlock];
+        }
+    }
+}
+
+// A block: a warp's channels (blockIdx.x) by kRuns runs of tokens (blockIdx.y).
+template <class T, int N>
+__global__ void __launch_bounds__(kConvThreads, 2) Backward(const __grid_constant__ BackwardParams<T> p) {
+    __shared__ float columns[kRuns][kTaps + 1][kWarp * N];
+    const int lane = threadIdx.x % kWarp, run = threadIdx.x / kWarp;
+    const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarp * N, channel = base + lane * N;
+    const int64_t t = p.in.x.shape[0], d = p.in.d();
+    int64_t token = (static_cast<int64_t>(blockIdx.y) * kRuns + run) * p.run;
+    const int64_t last = token + p.run < t ? token + p.run : t;
+    Sums<T, N> sums = {};
+    if (channel < d) {
+        Filter<N> filter;
+        filter.load(p.in, channel);
+        while (token < last) {
+            const Segment segment = segment_of(p.in.sequences, token);
+            const int64_t end = segment.end < last ? segment.end : last;
+            backward_run<T, N>(p, filter, segment, token, end, channel, sums);
+            token = end;
+        }
+    }
+    if (p.partial == nullptr) return;
+#pragma unroll
+    for (int i = 0; i <= kTaps; ++i)
+#pragma unroll
+        for (int n = 0; n < N; ++n) columns[run][i][lane * N + n] = sums.at[i][n];
+    __syncthreads();
+    for (int j = threadIdx.x; j < (kTaps + 1) * kWarp * N; j += kConvThreads) {
+        const int tap = j / (kWarp * N), column = j % (kWarp * N);
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) sum += columns[i][tap][column];
+        if (base + column < d) p.partial[(blockIdx.y * (kTaps + 1) + tap) * d + base + column] = sum;
+    }
+}
+
+// grad_y act' at a token, for filters of any length.
+template <class T>
+__device__ inline float grad_sum(const BackwardParams<T>& p, const Segment& segment, int64_t token,
+                                 int64_t channel) {
+    const float* weight = p.in.weight.data + channel * p.in.weight.stride;
+    const int64_t k = p.in.k();
+    float v = p.in.bias.data != nullptr ? p.in.bias.data[channel * p.in.bias.stride] : 0.0f;
+    for (int64_t j = 0; j < k; ++j)
+        v = fmaf(weight[j], load_input<1>(p.in, segment, token - k + 1 + j, channel).at[0], v);
+    return p.grad_y.data[token * p.grad_y.stride + channel] * slope(v, p.in.silu);
+}
+
+// A thread per channel of a sequence: positions before its start, oldest first.
+template <class T>
+__global__ void __launch_bounds__(kConvThreads) InitialState(const __grid_constant__ BackwardParams<T> p) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t d = p.in.d(), s = i / d, channel = i % d, k = p.in.k();
+    if (s >= p.in.sequences.count) return;
+    const Segment segment{s, p.in.sequences.offset(s), p.in.sequences.offset(s + 1)};
+    const int64_t length = segment.end - segment.begin;
+    const float* weight = p.in.weight.data + channel * p.in.weight.stride;
+    for (int64_t row = 0; row < k - 1; ++row) {
+        float sum = 0;
+        for (int64_t q = 0; q <= row && q < length; ++q)
+            sum = fmaf(weight[row - q], grad_sum(p, segment, segment.begin + q, channel), sum);
+        if (p.grad_final_state.data != nullptr && row >= length)
+            sum += p.grad_final_state.data[s * p.grad_final_state.stride + (row - length) * d + channel];
+        p.grad.initial_state.data[s * p.grad.initial_state.stride + row * d + channel] += sum;
+    }
+}
+
+// Filters of more than kTaps, a thread per token and channel: from all taps' grad_sums, then the weights.
+template <class T>
+__global__ void __launch_bounds__(kConvThreads)
+    GradSums(const __grid_constant__ BackwardParams<T> p, float* g) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t d = p.in.d(), token = i / d, channel = i % d;
+    if (token >= p.in.x.shape[0]) return;
+    g[i] = grad_sum(p, segment_of(p.in.sequences, token), token, channel);
+}
+template <class T>
+__global__ void __launch_bounds__(kConvThreads)
+    GradX(const __grid_constant__ BackwardParams<T> p, const float* g) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t d = p.in.d(), token = i / d, channel = i % d, k = p.in.k();
+    if (token >= p.in.x.shape[0]) return;
+    const Segment segment = segment_of(p.in.sequences, token);
+    Pack<float, 1> v = {};
+    for (int64_t j = 0; j < k && token + j < segment.end; ++j)
+        v.at[0] = fmaf(p.in.weight.data[channel * p.in.weight.stride + k - 1 - j], g[i + j * d], v.at[0]);
+    put_grad_x<T, 1>(p, segment, token, channel, v);
+}
+// blockIdx: channels, run of tokens, tap (k: the bias).
+template <class T>
+__global__ void __launch_bounds__(kConvThreads)
+    GradWeight(const __grid_constant__ BackwardParams<T> p, const float* g) {
+    const int64_t d = p.in.d(), k = p.in.k(), tap = blockIdx.z;
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    if (channel >= d) return;
+    const int64_t first = blockIdx.y * p.run, t = p.in.x.shape[0];
+    const int64_t last = first + p.run < t ? first + p.run : t;
+    Segment segment = segment_of(p.in.sequences, first);
+    float sum = 0;
+    for (int64_t token = first; token < last; ++token) {
+        if (token >= segment.end) segment = segment_of(p.in.sequences, token);
+        const float x = tap == k ? 1.0f : load_input<1>(p.in, segment, token - k + 1 + tap, channel).at[0];
+        sum = fmaf(g[token * d + channel], x, sum);
+    }
+    p.partial[(blockIdx.y * (k + 1) + tap) * d + channel] = sum;
+}
+
+// Where the columns of `partial` go: [taps+1 d], of which the last k and the bias are the filter's.
+struct FilterColumns {
+    View<float, 2> weight;
+    View<float, 1> bias;
+    int64_t d, k, taps;
+    __device__ float* operator()(int64_t column) const {
+        const int64_t tap = column / d, channel = column % d, j = tap - (taps - k);
+        if (tap == taps) return bias.data == nullptr ? nullptr : bias.data + channel * bias.stride;
+        return weight.data == nullptr || j < 0 ? nullptr : weight.data + channel * weight.stride + j;
+    }
+};
+
+template <class T>
+void backward_registers(const Exec& ex, const BackwardParams<T>& p, bool packs, int64_t blocks) {
+    constexpr int N = 4;
+    const int64_t channels = kWarp * (packs ? N : 1);
+    const dim3 grid(blocks_for(p.in.x.shape[1], channels), static_cast<unsigned>(blocks));
+    packs ? Backward<T, N><<<grid, kConvThreads, 0, stream_of(ex)>>>(p)
+          : Backward<T, 1><<<grid, kConvThreads, 0, stream_of(ex)>>>(p);
+    check_launch(kOp);
+}
+
+template <class T>
+void backward_plain(const Exec& ex, const BackwardParams<T>& p, int64_t blocks) {
+    const int64_t t = p.in.x.shape[0], d = p.in.x.shape[1], k = p.in.weight.shape[1];
+    const Scratch<float> g(ex, static_cast<size_t>(t * d));
+    const unsigned all = blocks_for(t * d, kConvThreads);
+    GradSums<<<all, kConvThreads, 0, stream_of(ex)>>>(p, g.data());
+    check_launch(kOp);
+    if (p.grad.x) {
+        GradX<<<all, kConvThreads, 0, stream_of(ex)>>>(p, g.data());
+        check_launch(kOp);
+    }
+    if (p.partial == nullptr) return;
+    const dim3 grid(blocks_for(d, kConvThreads), static_cast<unsigned>(blocks), static_cast<unsigned>(k + 1));
+    GradWeight<<<grid, kConvThreads, 0, stream_of(ex)>>>(p, g.data());
+    check_launch(kOp);
+}
+
+}  // namespace
+
+template <class T>
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
+    constexpr int N = 4;
+    const int64_t t = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
+    const SequencesOnDevice sequences(ex, in.cu_seqlens);
+    BackwardParams<T> p{conv_inputs(in, sequences.get()), grad_y, grad_final_state, grad, nullptr, 16};
+    if (const char* run = std::getenv("CONV_RUN")) p.run = std::atoi(run);
+    const bool registers = k <= kTaps;
+    const bool packs = d % N == 0 && conv_packable(in.x, N) && conv_packable(in.initial_state, N) &&
+                       conv_packable(grad_y, N) && conv_packable(grad_final_state, N) &&
+                       conv_packable(grad.x, N);
+    // At most 65535 blocks along the tokens.
+    if (!registers) p.run = 256;
+    while ((t + p.run - 1) / p.run > 65535) p.run *= 2;
+    const int64_t tokens = registers ? p.run * kRuns : p.run, blocks = (t + tokens - 1) / tokens;
+    const int64_t taps = registers ? kTaps : k;
+    const bool sums = (grad.weight || grad.bias) && t * d > 0;
+    const Scratch<float> partial(ex, sums ? static_cast<size_t>(blocks * (taps + 1) * d) : 0);
+    if (sums) p.partial = partial.data();
+    if (t * d > 0) registers ? backward_registers(ex, p, packs, blocks) : backward_plain(ex, p, blocks);
+    if (sums)
+        add_column_sums(ex, partial.data(), blocks, (taps + 1) * d,
+                        FilterColumns{grad.weight, grad.bias, d, k, taps}, kOp);
+    const int64_t states = sequences.get().count * d;
+    if (!grad.initial_state || states == 0 || k == 1) return;
+    InitialState<<<blocks_for(states, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
+    check_launch(kOp);
+}
+
+template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<float>&, View<const float, 2>,
+                                     View<const float, 3>, const CausalConv1dGradients&);
+template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<bf16>&, View<const float, 2>,
+                                     View<const float, 3>, const CausalConv1dGradients&);
+
+}  // namespace ssm::cuda

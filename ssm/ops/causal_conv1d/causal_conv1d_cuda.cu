@@ -1,0 +1,175 @@
+// CUDA kernels of the causal convolution, forward and step. A thread owns a pack of channels and takes a run
+// of tokens through a window in registers, so that a row is read once (and k-1 rows of the run before).
+#include <cstdlib>
+
+#include "ssm/ops/causal_conv1d/causal_conv1d_cuda.cuh"
+
+namespace ssm::cuda {
+namespace {
+
+constexpr std::string_view kOp = "causal_conv1d";
+
+__device__ inline float activate(float v, bool on) { return on ? v * fast_sigmoid(v) : v; }
+
+template <class T>
+struct ForwardParams {
+    ConvInputs<T> in;
+    View<T, 2> y;
+    int64_t run;  // tokens of a thread
+};
+
+template <class T, int N>
+__global__ void __launch_bounds__(kConvThreads) Forward(const __grid_constant__ ForwardParams<T> p) {
+    constexpr int kBlock = 4;  // tokens whose rows are read at the same time
+    const int64_t packs = p.in.d() / N, t = p.in.x.shape[0];
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t channel = i % packs * N;
+    int64_t token = i / packs * p.run;
+    const int64_t last = token + p.run < t ? token + p.run : t;
+    if (token >= t) return;
+    Filter<N> filter;
+    filter.load(p.in, channel);
+    while (token < last) {
+        const Segment segment = segment_of(p.in.sequences, token);
+        const int64_t end = segment.end < last ? segment.end : last;
+        Pack<float, N> rows[kTaps - 1 + kBlock];  // the window, then the block
+#pragma unroll
+        for (int j = 0; j < kTaps - 1; ++j)
+            rows[j] = load_input<N>(p.in, segment, token - (kTaps - 1) + j, channel);
+        for (; token < end; token += kBlock) {
+            const T* x = p.in.x.data + token * p.in.x.stride + channel;
+            T* y = p.y.data + token * p.y.stride + channel;
+#pragma unroll
+            for (int j = 0; j < kBlock; ++j)
+                if (token + j < end) rows[kTaps - 1 + j] = load_floats<N>(x + j * p.in.x.stride);
+#pragma unroll
+            for (int j = 0; j < kBlock; ++j) {
+                Pack<float, N> out;
+#pragma unroll
+                for (int n = 0; n < N; ++n) out.at[n] = activate(filter.sum(rows + j, n), p.in.silu);
+                if (token + j < end) store_floats(y + j * p.y.stride, out);
+            }
+#pragma unroll
+            for (int j = 0; j < kTaps - 1; ++j) rows[j] = rows[j + kBlock];
+        }
+        token = end;
+    }
+}
+
+// Filters of more than kTaps: a thread per output.
+template <class T>
+__global__ void __launch_bounds__(kConvThreads) ForwardPlain(const __grid_constant__ ForwardParams<T> p) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t token = i / p.in.d(), channel = i % p.in.d(), k = p.in.k();
+    if (token >= p.in.x.shape[0]) return;
+    const Segment segment = segment_of(p.in.sequences, token);
+    const float* weight = p.in.weight.data + channel * p.in.weight.stride;
+    float sum = p.in.bias.data != nullptr ? p.in.bias.data[channel * p.in.bias.stride] : 0.0f;
+    for (int64_t j = 0; j < k; ++j)
+        sum = fmaf(weight[j], load_input<1>(p.in, segment, token - k + 1 + j, channel).at[0], sum);
+    p.y.data[token * p.y.stride + channel] = from_float<T>(activate(sum, p.in.silu));
+}
+
+template <class T>
+struct StateParams {
+    ConvInputs<T> in;
+    View<T, 3> state;  // final_state, or the step's
+    View<T, 2> y;      // the step's
+};
+
+// The last k-1 inputs, oldest first: where final_state is initial_state, none is read after it is written.
+template <class T>
+__global__ void __launch_bounds__(kConvThreads) FinalState(const __grid_constant__ StateParams<T> p) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t s = i / p.in.d(), channel = i % p.in.d(), k = p.in.k();
+    if (s >= p.in.sequences.count) return;
+    const Segment segment{s, p.in.sequences.offset(s), p.in.sequences.offset(s + 1)};
+    T* out = p.state.data + s * p.state.stride + channel;
+    for (int64_t j = 0; j < k - 1; ++j) {
+        const float v = load_input<1>(p.in, segment, segment.end - k + 1 + j, channel).at[0];
+        out[j * p.in.d()] = from_float<T>(v);
+    }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kConvThreads) Step(const __grid_constant__ StateParams<T> p) {
+    const int64_t d = p.in.d(), packs = d / N, k = p.in.k();
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
+    const int64_t s = i / packs, channel = i % packs * N;
+    if (s >= p.in.x.shape[0]) return;
+    T* state = p.state.data + s * p.state.stride + channel;
+    const float* weight = p.in.weight.data + channel * p.in.weight.stride;
+    const Pack<T, N> x = load_pack<N>(p.in.x.data + s * p.in.x.stride + channel);
+    Pack<float, N> sum;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        sum.at[n] = p.in.bias.data != nullptr ? p.in.bias.data[(channel + n) * p.in.bias.stride] : 0.0f;
+    for (int64_t j = 0; j < k; ++j) {
+        const Pack<T, N> row = j < k - 1 ? load_pack<N>(state + j * d) : x;
+        if (j > 0) store_pack(state + (j - 1) * d, row);
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+            sum.at[n] = fmaf(weight[n * p.in.weight.stride + j], to_float(row.at[n]), sum.at[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum.at[n] = activate(sum.at[n], p.in.silu);
+    store_floats(p.y.data + s * p.y.stride + channel, sum);
+}
+
+}  // namespace
+
+template <class T>
+void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state) {
+    constexpr int N = 16 / sizeof(T);
+    const int64_t t = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
+    const SequencesOnDevice sequences(ex, in.cu_seqlens);
+    ForwardParams<T> p{conv_inputs(in, sequences.get()), y, 4};
+    // Long runs read fewer rows twice, where that leaves enough threads.
+    if (t * d / N / 16 >= int64_t{512} * ex.cuda->multiprocessors()) p.run = 16;
+    if (const char* run = std::getenv("CONV_RUN")) p.run = std::atoi(run);
+    const auto blocks = [&](int64_t n) {
+        return blocks_for(d / n * ((t + p.run - 1) / p.run), kConvThreads);
+    };
+    if (t * d == 0) {
+    } else if (k > kTaps) {
+        ForwardPlain<T><<<blocks_for(t * d, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
+    } else if (std::getenv("CONV_N")) {
+        Forward<T, 4><<<blocks(4), kConvThreads, 0, stream_of(ex)>>>(p);
+    } else if (d % N == 0 && conv_packable(in.x, N) && conv_packable(y, N) &&
+               conv_packable(in.initial_state, N)) {
+        Forward<T, N><<<blocks(N), kConvThreads, 0, stream_of(ex)>>>(p);
+    } else {
+        Forward<T, 1><<<blocks(1), kConvThreads, 0, stream_of(ex)>>>(p);
+    }
+    check_launch(kOp);
+    const int64_t states = sequences.get().count * d;
+    if (!final_state || states == 0 || k == 1) return;
+    FinalState<T>
+        <<<blocks_for(states, kConvThreads), kConvThreads, 0, stream_of(ex)>>>({p.in, final_state, {}});
+    check_launch(kOp);
+}
+
+template <class T>
+void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y) {
+    constexpr int N = 16 / sizeof(T);
+    const int64_t s = in.x.shape[0], d = in.x.shape[1];
+    if (s * d == 0) return;
+    const StateParams<T> p{conv_inputs(in, {}), state, y};
+    // Few channels: a thread each.
+    const bool packs = s * d >= int64_t{1024} * ex.cuda->multiprocessors() && d % N == 0 &&
+                       conv_packable(in.x, N) && conv_packable(y, N) && conv_packable(state, N);
+    if (packs) {
+        Step<T, N><<<blocks_for(s * d / N, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
+    } else {
+        Step<T, 1><<<blocks_for(s * d, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
+    }
+    check_launch(kOp);
+}
+
+template void causal_conv1d(const Exec&, const CausalConv1dInputs<float>&, View<float, 2>, View<float, 3>);
+template void causal_conv1d(const Exec&, const CausalConv1dInputs<bf16>&, View<bf16, 2>, View<bf16, 3>);
+template void causal_conv1d_step(const Exec&, const CausalConv1dInputs<float>&, View<float, 3>,
+                                 View<float, 2>);
+template void causal_conv1d_step(const Exec&, const CausalConv1dInputs<bf16>&, View<bf16, 3>, View<bf16, 2>);
+
+}  // namespace ssm::cuda

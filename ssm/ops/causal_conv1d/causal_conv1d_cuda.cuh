@@ -1,0 +1,108 @@
+// What the CUDA kernels of the causal convolution share: which sequence a token is in, inputs before its
+// start, the filter in registers. Private to ssm/ops/causal_conv1d.
+#pragma once
+
+#include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/sequences.cuh"
+#include "ssm/ops/causal_conv1d/causal_conv1d_impl.h"
+
+namespace ssm::cuda {
+
+constexpr int kConvThreads = 256;
+// Of the filters in registers; shorter ones get zeros in front.
+constexpr int kTaps = 4;
+
+// The inputs of every kernel.
+template <class T>
+struct ConvInputs {
+    View<const T, 2> x;
+    View<const float, 2> weight;
+    View<const float, 1> bias;
+    View<const T, 3> initial_state;
+    bool silu;
+    Sequences sequences;
+
+    __device__ int64_t d() const { return x.shape[1]; }
+    __device__ int64_t k() const { return weight.shape[1]; }
+};
+
+// A run of tokens of one sequence: which, and where it begins and ends.
+struct Segment {
+    int64_t s, begin, end;
+};
+__device__ inline Segment segment_of(const Sequences& sequences, int64_t token) {
+    int64_t low = 0, high = sequences.count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (sequences.offset(middle) <= token ? low : high) = middle;
+    }
+    return {low, sequences.offset(low), sequences.offset(low + 1)};
+}
+
+template <int N, class T>
+__device__ inline Pack<float, N> load_floats(const T* p) {
+    const Pack<T, N> raw = load_pack<N>(p);
+    Pack<float, N> v;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v.at[i] = to_float(raw.at[i]);
+    return v;
+}
+template <int N, class T>
+__device__ inline void store_floats(T* p, const Pack<float, N>& v) {
+    Pack<T, N> raw;
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.at[i] = from_float<T>(v.at[i]);
+    store_pack(p, raw);
+}
+
+// x at a token, before its sequence's start of the initial state, before that zero.
+template <int N, class T>
+__device__ inline Pack<float, N> load_input(const ConvInputs<T>& in, const Segment& segment, int64_t token,
+                                            int64_t channel) {
+    if (token >= segment.begin) return load_floats<N>(in.x.data + token * in.x.stride + channel);
+    const int64_t row = in.k() - 1 + token - segment.begin;
+    if (in.initial_state.data == nullptr || row < 0) return {};
+    return load_floats<N>(in.initial_state.data + segment.s * in.initial_state.stride + row * in.d() +
+                          channel);
+}
+
+// Of N channels.
+template <int N>
+struct Filter {
+    float weight[kTaps][N], bias[N];
+
+    template <class T>
+    __device__ void load(const ConvInputs<T>& in, int64_t channel) {
+        const int k = static_cast<int>(in.k());
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float* row = in.weight.data + (channel + i) * in.weight.stride;
+#pragma unroll
+            for (int j = 0; j < kTaps; ++j) weight[j][i] = j >= kTaps - k ? row[j - (kTaps - k)] : 0.0f;
+            bias[i] = in.bias.data != nullptr ? in.bias.data[(channel + i) * in.bias.stride] : 0.0f;
+        }
+    }
+    // What the activation sees at a token, given the inputs at it and the three before.
+    __device__ float sum(const Pack<float, N>* inputs, int i) const {
+        float v = bias[i];
+#pragma unroll
+        for (int j = 0; j < kTaps; ++j) v = fmaf(weight[j][i], inputs[j].at[i], v);
+        return v;
+    }
+};
+
+// x / (1 + exp(-x)), without the refinement of a division: to 2 ulp.
+__device__ inline float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+template <class T>
+inline ConvInputs<T> conv_inputs(const CausalConv1dInputs<T>& in, const Sequences& sequences) {
+    return {in.x, in.weight, in.bias, in.initial_state, in.activation == Activation::silu, sequences};
+}
+
+// Whether packs of n can read the rows of v.
+template <class T, int R>
+inline bool conv_packable(const View<T, R>& v, int64_t n) {
+    return v.data == nullptr || packable(v.data, v.stride, n);
+}
+
+}  // namespace ssm::cuda

@@ -1,0 +1,215 @@
+// The CUDA kernels against the CPU's (which rms_norm_test.cpp holds against f64): every variant and path
+// (warp or block per row, plain loop), strided and misaligned rows; gradients add, the same bytes from run to
+// run.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "ssm/ops/rms_norm/rms_norm.h"
+#include "tests/support/compare.h"
+#include "tests/support/cuda.h"
+#include "tests/support/gradcheck.h"
+
+namespace ssm {
+namespace {
+
+using Gate = RmsNormOptions::Gate;
+
+struct Case {
+    int64_t t, d;
+    RmsNormOptions options;
+    bool weighted;
+    int64_t offset, apart;  // columns before a row and after it, in a wider tensor
+};
+
+// [t d] inside a wider tensor on the host, with its copy on the device. Gaps are NaN and must stay so.
+template <class T>
+struct Both {
+    int64_t t, width, offset, d;
+    std::vector<T> host;
+    Tensor there;
+
+    Both() = default;
+    Both(const Case& c, std::vector<T> values)
+        : t(c.t), width(c.d + c.offset + c.apart), offset(c.offset), d(c.d), host(std::move(values)) {
+        for (int64_t i = 0; i < t * width; ++i) {
+            if (i % width < offset || i % width >= offset + d)
+                host[static_cast<size_t>(i)] = static_cast<T>(NAN);
+        }
+        there = test::on_device(host, {t, width});
+    }
+    static Both random(const Case& c, uint64_t seed) {
+        return {c, test::Random(seed).vector<T>(c.t * (c.d + c.offset + c.apart), -2.0f, 2.0f)};
+    }
+    static Both filled(const Case& c, float value) {
+        return {c,
+                std::vector<T>(static_cast<size_t>(c.t * (c.d + c.offset + c.apart)), static_cast<T>(value))};
+    }
+    template <class U = const T>
+    View<U, 2> cpu() {
+        return {host.data() + offset, {t, d}, width};
+    }
+    template <class U = const T>
+    View<U, 2> gpu() const {
+        return there.columns(offset, offset + d).view<U, 2>();
+    }
+    void compare(double tolerance, const char* what) const {
+        test::expect_close(test::from_device<T>(there), test::to_double(host), tolerance, what);
+    }
+};
+
+template <class T>
+constexpr double kTolerance = sizeof(T) == 2 ? 4e-3 : 2e-6;
+
+std::vector<Case> cases() {
+    std::vector<Case> all;
+    for (const auto gate : {Gate::none, Gate::before, Gate::after}) {
+        for (const auto& [t, d, groups] : std::vector<std::array<int64_t, 3>>{{0, 8, 1},
+                                                                              {1, 1, 1},
+                                                                              {3, 53, 1},
+                                                                              {7, 8, 2},
+                                                                              {33, 192, 3},
+                                                                              {5, 256, 1},
+                                                                              {9, 264, 1},
+                                                                              {2200, 768, 1},
+                                                                              {2, 768, 1},
+                                                                              {1, 1536, 1},
+                                                                              {2113, 1536, 1},
+                                                                              {550, 1536, 8},
+                                                                              {40, 1540, 1},
+                                                                              {17, 4096, 1},
+                                                                              {3, 12288, 1},
+                                                                              {2, 12296, 1}}) {
+            for (const auto& [offset, apart] : std::vector<std::array<int64_t, 2>>{{0, 0}, {1, 2}, {8, 16}}) {
+                if (offset == 1 && t > 1000) continue;
+                all.push_back({t, d, {1e-5f, groups, d % 3 == 0, gate}, d != 256, offset, apart});
+            }
+        }
+    }
+    return all;
+}
+
+template <class X, class Y>
+void check_forward(const Case& c) {
+    auto x = Both<X>::random(c, 1);
+    Both<Y> z = Both<Y>::random(c, 2), y = Both<Y>::filled(c, NAN);
+    std::vector<float> weight = test::Random(3).vector(c.d), rstd = test::nan_vector(c.t * c.options.groups);
+    const Tensor weight_there = test::on_device(weight, {c.d}),
+                 rstd_there = test::on_device(rstd, {c.t, c.options.groups});
+    RmsNormInputs<X, Y> here{x.cpu(), {}, {}}, there{x.gpu(), {}, {}};
+    if (c.weighted) here.weight = {weight.data(), {c.d}}, there.weight = weight_there.view<const float, 1>();
+    if (c.options.gate != Gate::none) here.z = z.cpu(), there.z = z.gpu();
+    rms_norm<X, Y>(make_cpu_exec(2), here, y.template cpu<Y>(), {rstd.data(), {c.t, c.options.groups}},
+                   c.options);
+    rms_norm<X, Y>(test::cuda_exec(), there, y.template gpu<Y>(), rstd_there.view<float, 2>(), c.options);
+    y.compare(kTolerance<Y>, "y");
+    test::expect_close(test::from_device<float>(rstd_there), rstd, 1e-6, "rstd");
+}
+
+template <class X, class Y>
+void check_add(const Case& c) {
+    auto x = Both<X>::random(c, 1);
+    auto residual = Both<float>::random(c, 4);
+    auto y = Both<Y>::filled(c, NAN);
+    std::vector<float> weight = test::Random(3).vector(c.d);
+    const Tensor weight_there = test::on_device(weight, {c.d});
+    // In place, without rstd.
+    add_rms_norm<X, Y>(make_cpu_exec(2), residual.cpu(), x.cpu(), {weight.data(), {c.d}},
+                       residual.template cpu<float>(), y.template cpu<Y>(), {}, c.options);
+    add_rms_norm<X, Y>(test::cuda_exec(), residual.gpu(), x.gpu(), weight_there.view<const float, 1>(),
+                       residual.template gpu<float>(), y.template gpu<Y>(), {}, c.options);
+    residual.compare(0, "residual_out");
+    y.compare(kTolerance<Y>, "y");
+}
+
+template <class X, class Y>
+void check_backward(const Case& c) {
+    auto x = Both<X>::random(c, 1);
+    auto z = Both<Y>::random(c, 2);
+    auto grad_y = Both<float>::random(c, 5);
+    auto grad_x = Both<float>::filled(c, test::kGradientStart), grad_z = grad_x;
+    grad_z.there = grad_x.there.clone();
+    std::vector<float> weight = test::Random(3).vector(c.d), rstd = test::nan_vector(c.t * c.options.groups),
+                       grad_weight(static_cast<size_t>(c.d), test::kGradientStart);
+    const Tensor weight_there = test::on_device(weight, {c.d}),
+                 grad_weight_there = test::on_device(grad_weight, {c.d});
+    RmsNormInputs<X, Y> here{x.cpu(), {}, {}}, there{x.gpu(), {}, {}};
+    RmsNormGradients grad{grad_x.cpu<float>(), {}, {}}, grad_there{grad_x.gpu<float>(), {}, {}};
+    if (c.weighted) {
+        here.weight = {weight.data(), {c.d}}, there.weight = weight_there.view<const float, 1>();
+        grad.weight = {grad_weight.data(), {c.d}}, grad_there.weight = grad_weight_there.view<float, 1>();
+    }
+    if (c.options.gate != Gate::none) {
+        here.z = z.cpu(), there.z = z.gpu();
+        grad.z = grad_z.cpu<float>(), grad_there.z = grad_z.gpu<float>();
+    }
+    const View<float, 2> rstd_here(rstd.data(), {c.t, c.options.groups});
+    auto y = Both<Y>::filled(c, NAN);
+    rms_norm<X, Y>(make_cpu_exec(2), here, y.template cpu<Y>(), rstd_here, c.options);
+    const Tensor rstd_there = test::on_device(rstd, {c.t, c.options.groups});
+    rms_norm_backward<X, Y>(make_cpu_exec(2), here, rstd_here, grad_y.cpu(), grad, c.options);
+    rms_norm_backward<X, Y>(test::cuda_exec(), there, rstd_there.view<const float, 2>(), grad_y.gpu(),
+                            grad_there, c.options);
+    grad_x.compare(3e-6, "grad x");
+    grad_z.compare(3e-6, "grad z");
+    test::expect_close(test::from_device<float>(grad_weight_there), grad_weight, 1e-5, "grad weight");
+}
+
+template <template <class, class> class Check>
+void for_all_types(const Case& c) {
+    SCOPED_TRACE(testing::Message() << "t " << c.t << " d " << c.d << " groups " << c.options.groups
+                                    << " gate " << static_cast<int>(c.options.gate) << " offset "
+                                    << c.offset);
+    Check<float, float>::run(c);
+    Check<float, bf16>::run(c);
+    Check<bf16, bf16>::run(c);
+}
+template <class X, class Y>
+struct CheckForward {
+    static void run(const Case& c) { check_forward<X, Y>(c); }
+};
+template <class X, class Y>
+struct CheckAdd {
+    static void run(const Case& c) { check_add<X, Y>(c); }
+};
+template <class X, class Y>
+struct CheckBackward {
+    static void run(const Case& c) { check_backward<X, Y>(c); }
+};
+
+TEST(RmsNormCuda, MatchesCpu) {
+    for (const Case& c : cases()) for_all_types<CheckForward>(c);
+}
+
+TEST(RmsNormCuda, AddMatchesCpu) {
+    for (const Case& c : cases()) {
+        if (c.options.gate == Gate::none) for_all_types<CheckAdd>(c);
+    }
+}
+
+TEST(RmsNormCuda, GradientsMatchCpu) {
+    for (const Case& c : cases()) for_all_types<CheckBackward>(c);
+}
+
+TEST(RmsNormCuda, GradientOfWeightIsReproducible) {
+    const Exec& ex = test::cuda_exec();
+    const int64_t t = 3001, d = 768;
+    const Tensor x = test::on_device(test::Random(1).vector(t * d), {t, d}),
+                 weight = test::on_device(test::Random(2).vector(d), {d}),
+                 grad_y = test::on_device(test::Random(3).vector(t * d), {t, d}),
+                 rstd = Tensor::empty(ex, {t, 1}), y = Tensor::empty(ex, {t, d});
+    const RmsNormInputs<float, float> in{x.view<const float, 2>(), weight.view<const float, 1>(), {}};
+    rms_norm<float, float>(ex, in, y.view<float, 2>(), rstd.view<float, 2>());
+    std::vector<float> first;
+    for (int i = 0; i < 4; ++i) {
+        const Tensor grad = Tensor::zeros(ex, {d});
+        rms_norm_backward<float, float>(ex, in, rstd.view<const float, 2>(), grad_y.view<const float, 2>(),
+                                        {{}, grad.view<float, 1>(), {}});
+        const auto now = test::from_device<float>(grad);
+        if (i == 0) first = now;
+        EXPECT_EQ(now, first);
+    }
+}
+
+}  // namespace
+}  // namespace ssm
