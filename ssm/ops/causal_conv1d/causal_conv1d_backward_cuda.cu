@@ -10,7 +10,6 @@ namespace ssm::cuda {
 namespace {
 
 constexpr std::string_view kOp = "causal_conv1d";
-constexpr int kRuns = kConvThreads / kWarp;  // of a block
 constexpr int kHalo = kTaps - 1;
 
 template <class T>
@@ -24,7 +23,7 @@ struct BackwardParams {
 };
 
 // d act(v) / d v.
-__device__ inline float slope(float v, bool silu) { return silu ? silu_slope(v, fast_sigmoid(v)) : 1.0f; }
+__device__ inline float slope(float v, bool silu) { return silu ? silu_slope(v, sigmoid(v)) : 1.0f; }
 
 template <class T, int N>
 struct Sums {
@@ -103,9 +102,9 @@ __device__ inline void backward_run(const BackwardParams<T>& p, const Filter<N>&
     }
 }
 
-// A block: a warp's channels (blockIdx.x) by kRuns runs of tokens (blockIdx.y).
 template <class T, int N>
 __global__ void __launch_bounds__(kConvThreads, 2) Backward(const __grid_constant__ BackwardParams<T> p) {
+    __shared__ SharedFilter<N> shared;
     __shared__ float columns[kRuns][kTaps + 1][kWarp * N];
     const int lane = threadIdx.x % kWarp, run = threadIdx.x / kWarp;
     const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarp * N, channel = base + lane * N;
@@ -113,9 +112,9 @@ __global__ void __launch_bounds__(kConvThreads, 2) Backward(const __grid_constan
     int64_t token = (static_cast<int64_t>(blockIdx.y) * kRuns + run) * p.run;
     const int64_t last = token + p.run < t ? token + p.run : t;
     Sums<T, N> sums = {};
+    Filter<N> filter;
+    filter.load(p.in, base, shared);
     if (channel < d) {
-        Filter<N> filter;
-        filter.load(p.in, channel);
         while (token < last) {
             const Segment segment = segment_of(p.in.sequences, token);
             const int64_t end = segment.end < last ? segment.end : last;

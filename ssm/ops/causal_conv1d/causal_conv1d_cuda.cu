@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::string_view kOp = "causal_conv1d";
 
-__device__ inline float activate(float v, bool on) { return on ? v * fast_sigmoid(v) : v; }
+__device__ inline float activate(float v, bool on) { return on ? v * sigmoid(v) : v; }
 
 template <class T>
 struct ForwardParams {
@@ -21,14 +21,14 @@ struct ForwardParams {
 template <class T, int N>
 __global__ void __launch_bounds__(kConvThreads) Forward(const __grid_constant__ ForwardParams<T> p) {
     constexpr int kBlock = 4;  // tokens whose rows are read at the same time
-    const int64_t packs = p.in.d() / N, t = p.in.x.shape[0];
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
-    const int64_t channel = i % packs * N;
-    int64_t token = i / packs * p.run;
+    __shared__ SharedFilter<N> shared;
+    const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarp * N, t = p.in.x.shape[0];
+    const int64_t channel = base + threadIdx.x % kWarp * N;
+    int64_t token = (static_cast<int64_t>(blockIdx.y) * kRuns + threadIdx.x / kWarp) * p.run;
     const int64_t last = token + p.run < t ? token + p.run : t;
-    if (token >= t) return;
     Filter<N> filter;
-    filter.load(p.in, channel);
+    filter.load(p.in, base, shared);
+    if (channel >= p.in.d()) return;
     while (token < last) {
         const Segment segment = segment_of(p.in.sequences, token);
         const int64_t end = segment.end < last ? segment.end : last;
@@ -127,19 +127,18 @@ void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y
     // Long runs read fewer rows twice, where that leaves enough threads.
     if (t * d / N / 16 >= int64_t{512} * ex.cuda->multiprocessors()) p.run = 16;
     if (const char* run = std::getenv("CONV_RUN")) p.run = std::atoi(run);
-    const auto blocks = [&](int64_t n) {
-        return blocks_for(d / n * ((t + p.run - 1) / p.run), kConvThreads);
-    };
+    while ((t + p.run * kRuns - 1) / (p.run * kRuns) > 65535) p.run *= 2;
+    const auto grid = [&](int64_t n) { return dim3(blocks_for(d, kWarp * n), blocks_for(t, p.run * kRuns)); };
     if (t * d == 0) {
     } else if (k > kTaps) {
         ForwardPlain<T><<<blocks_for(t * d, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
     } else if (std::getenv("CONV_N")) {
-        Forward<T, 4><<<blocks(4), kConvThreads, 0, stream_of(ex)>>>(p);
+        Forward<T, 4><<<grid(4), kConvThreads, 0, stream_of(ex)>>>(p);
     } else if (d % N == 0 && conv_packable(in.x, N) && conv_packable(y, N) &&
                conv_packable(in.initial_state, N)) {
-        Forward<T, N><<<blocks(N), kConvThreads, 0, stream_of(ex)>>>(p);
+        Forward<T, N><<<grid(N), kConvThreads, 0, stream_of(ex)>>>(p);
     } else {
-        Forward<T, 1><<<blocks(1), kConvThreads, 0, stream_of(ex)>>>(p);
+        Forward<T, 1><<<grid(1), kConvThreads, 0, stream_of(ex)>>>(p);
     }
     check_launch(kOp);
     const int64_t states = sequences.get().count * d;
@@ -156,7 +155,7 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
     if (s * d == 0) return;
     const StateParams<T> p{conv_inputs(in, {}), state, y};
     // Few channels: a thread each.
-    const bool packs = s * d >= int64_t{1024} * ex.cuda->multiprocessors() && d % N == 0 &&
+    const bool packs = s * d >= int64_t{8192} * ex.cuda->multiprocessors() && d % N == 0 &&
                        conv_packable(in.x, N) && conv_packable(y, N) && conv_packable(state, N);
     if (packs) {
         Step<T, N><<<blocks_for(s * d / N, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);

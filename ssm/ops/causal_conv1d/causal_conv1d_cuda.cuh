@@ -66,20 +66,40 @@ __device__ inline Pack<float, N> load_input(const ConvInputs<T>& in, const Segme
                           channel);
 }
 
+// A block: the channels of a warp, N for each lane (blockIdx.x), by kRuns runs of tokens (blockIdx.y).
+constexpr int kRuns = kConvThreads / kWarp;
+
+// The filter of the block's channels. By tap, so that a lane reads its own as packs: read from memory by each
+// thread, whose channels lie 16 N bytes from the next lane's, weights took most of the kernel's time.
+template <int N>
+struct SharedFilter {
+    alignas(16) float weight[kTaps + 1][kWarp * N];  // the bias last
+};
+
 // Of N channels.
 template <int N>
 struct Filter {
     float weight[kTaps][N], bias[N];
 
+    // All of the block must call it.
     template <class T>
-    __device__ void load(const ConvInputs<T>& in, int64_t channel) {
+    __device__ void load(const ConvInputs<T>& in, int64_t base, SharedFilter<N>& shared) {
         const int k = static_cast<int>(in.k());
+        for (int c = threadIdx.x; c < kWarp * N && base + c < in.d(); c += kConvThreads) {
+            const float* row = in.weight.data + (base + c) * in.weight.stride;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const float* row = in.weight.data + (channel + i) * in.weight.stride;
+            for (int j = 0; j < kTaps; ++j)
+                shared.weight[j][c] = j >= kTaps - k ? row[j - (kTaps - k)] : 0.0f;
+            shared.weight[kTaps][c] =
+                in.bias.data != nullptr ? in.bias.data[(base + c) * in.bias.stride] : 0.0f;
+        }
+        __syncthreads();
+        const int first = threadIdx.x % kWarp * N;
 #pragma unroll
-            for (int j = 0; j < kTaps; ++j) weight[j][i] = j >= kTaps - k ? row[j - (kTaps - k)] : 0.0f;
-            bias[i] = in.bias.data != nullptr ? in.bias.data[(channel + i) * in.bias.stride] : 0.0f;
+        for (int j = 0; j <= kTaps; ++j) {
+            const Pack<float, N> row = load_pack<N>(shared.weight[j] + first);
+#pragma unroll
+            for (int i = 0; i < N; ++i) (j < kTaps ? weight[j < kTaps ? j : 0][i] : bias[i]) = row.at[i];
         }
     }
     // What the activation sees at a token, given the inputs at it and the three before.
@@ -90,9 +110,6 @@ struct Filter {
         return v;
     }
 };
-
-// x / (1 + exp(-x)), without the refinement of a division: to 2 ulp.
-__device__ inline float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 template <class T>
 inline ConvInputs<T> conv_inputs(const CausalConv1dInputs<T>& in, const Sequences& sequences) {

@@ -32,6 +32,7 @@ struct Both {
     Both() = default;
     Both(const Case& c, std::vector<T> values)
         : t(c.t), width(c.d + c.offset + c.apart), offset(c.offset), d(c.d), host(std::move(values)) {
+        host.reserve(1);  // of no rows there is a view, too
         for (int64_t i = 0; i < t * width; ++i) {
             if (i % width < offset || i % width >= offset + d)
                 host[static_cast<size_t>(i)] = static_cast<T>(NAN);
@@ -94,6 +95,7 @@ void check_forward(const Case& c) {
     auto x = Both<X>::random(c, 1);
     Both<Y> z = Both<Y>::random(c, 2), y = Both<Y>::filled(c, NAN);
     std::vector<float> weight = test::Random(3).vector(c.d), rstd = test::nan_vector(c.t * c.options.groups);
+    rstd.reserve(1);
     const Tensor weight_there = test::on_device(weight, {c.d}),
                  rstd_there = test::on_device(rstd, {c.t, c.options.groups});
     RmsNormInputs<X, Y> here{x.cpu(), {}, {}}, there{x.gpu(), {}, {}};
@@ -131,6 +133,7 @@ void check_backward(const Case& c) {
     grad_z.there = grad_x.there.clone();
     std::vector<float> weight = test::Random(3).vector(c.d), rstd = test::nan_vector(c.t * c.options.groups),
                        grad_weight(static_cast<size_t>(c.d), test::kGradientStart);
+    rstd.reserve(1), grad_z.host.reserve(1);
     const Tensor weight_there = test::on_device(weight, {c.d}),
                  grad_weight_there = test::on_device(grad_weight, {c.d});
     RmsNormInputs<X, Y> here{x.cpu(), {}, {}}, there{x.gpu(), {}, {}};
