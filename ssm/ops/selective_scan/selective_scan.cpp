@@ -12,7 +12,7 @@ constexpr std::string_view kOp = "selective_scan";
 // Shapes shared by the sequence, its gradient and the step; t is the number of rows.
 template <class T>
 void check_inputs(const Exec& ex, const SelectiveScanInputs<T>& in) {
-    if (ex.device != Device::cpu) fail(ErrorCode::unsupported, kOp, "this build has no CUDA kernel");
+    require_device(kOp, ex);
     require(static_cast<bool>(in.u), kOp, "`u` must be [t d] but is absent");
     require(static_cast<bool>(in.A), kOp, "`A` must be [d n] but is absent");
     const int64_t t = in.u.shape[0], d = in.u.shape[1], n = in.A.shape[1];
@@ -77,6 +77,10 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
     require_shape(kOp, "y", "t d", y, in.u.shape);
     require_shape_if(kOp, "final_state", "s d n", final_state, {s, d, n});
     require_shape_if(kOp, "chunk_states", "chunks d n", chunk_states, {chunks, d, n});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::selective_scan(ex, in, y, final_state, chunk_states, options);
+    }
     cpu::selective_scan(ex, in, y, final_state, chunk_states, options);
 }
 
@@ -92,6 +96,11 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
     require_shape(kOp, "grad_y", "t d", grad_y, in.u.shape);
     require_shape_if(kOp, "grad_final_state", "s d n", grad_final_state, {s, d, n});
     check_gradients(in, grad, s);
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad,
+                                                 options);
+    }
     cpu::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad, options);
 }
 
@@ -102,6 +111,9 @@ void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<
     const int64_t s = in.u.shape[0], d = in.u.shape[1], n = in.A.shape[1];
     require_shape(kOp, "state", "s d n", state, {s, d, n});
     require_shape(kOp, "y", "s d", y, {s, d});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::selective_scan_step(ex, in, state, y);
+    }
     cpu::selective_scan_step(ex, in, state, y);
 }
 

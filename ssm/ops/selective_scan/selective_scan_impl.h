@@ -30,4 +30,23 @@ void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<
                          View<T, 2> y);
 
 }  // namespace cpu
+
+namespace cuda {
+
+template <class T>
+void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2> y,
+                    View<float, 3> final_state, View<float, 3> chunk_states,
+                    const SelectiveScanOptions& options);
+
+template <class T>
+void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
+                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             const SelectiveScanOptions& options);
+
+template <class T>
+void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> state,
+                         View<T, 2> y);
+
+}  // namespace cuda
 }  // namespace ssm

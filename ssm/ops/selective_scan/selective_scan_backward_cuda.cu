@@ -1,0 +1,436 @@
+// CUDA kernels of the selective scan's gradient; selective_scan_cuda.cuh says who owns what. A tile is walked
+// twice: up in time from the state that enters it, keeping q = exp(dt A) h[t-1] in shared memory (h is q +
+// dt u B, one multiply-add), then down with gh, the gradient of the state. exp(dt A) is computed both times:
+// keeping it would double the shared memory and halve the blocks of a multiprocessor.
+#include <type_traits>
+
+#include "ssm/ops/selective_scan/selective_scan_cuda.cuh"
+
+namespace ssm::cuda {
+namespace {
+
+template <class T>
+struct BackwardParams {
+    View<const T, 2> u, z;
+    View<const float, 2> delta, A, B, C, grad_y;
+    const float* D;
+    const float* bias;
+    bool softplus;
+    Segments segments, first_tile;  // first_tile.first: of the sequences' tiles
+    int64_t d_blocks;
+    const float* states;    // [tiles d n]: entering each tile of kTile tokens
+    const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
+    View<float, 2> grad_u, grad_delta, grad_z;
+    SelectiveScanGradients::Set set;
+    float* grad_initial;  // [s d n]
+    // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of
+    // a segment [segments d n] and [2 segments d] (D, then delta_bias).
+    float* rows;
+    float* states_A;
+    float* channels;
+    float* ends;  // pass before a split: see Reverse
+    float* sums;
+};
+
+template <class T, int K, int S>
+struct Incoming {
+    PairTile<T, K, S> u, z;
+    PairTile<float, K, S> delta, grad_y;
+    RowTile<K, S> B, C;
+    float state[K];
+
+    template <bool kAll>
+    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+        const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
+        delta.load(p.delta, t0, count, d0);
+        z.load(p.z, t0, count, d0);
+        grad_y.load(p.grad_y, t0, count, d0);
+        C.load(p.C, t0, count);
+        if constexpr (kAll) {
+            u.load(p.u, t0, count, d0);
+            B.load(p.B, t0, count);
+        }
+    }
+    __device__ float gradient(const BackwardParams<T>& p, int i) const {  // of what silu(z) multiplies
+        return p.z.data != nullptr ? grad_y.at[i] * silu(to_float(z.at[i])) : grad_y.at[i];
+    }
+};
+
+// What a split needs first: the gradient of the state before each segment if nothing came from later tokens.
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ BackwardParams<T> p) {
+    constexpr int kChannels = Block<K, S>::kChannels;
+    __shared__ float2 step[kTile][kChannels];  // dt, gradient
+    __shared__ alignas(16) float rows[kTile][K * S];
+    const auto span = p.segments.at(blockIdx.x / p.d_blocks);
+    if (span.first) return;  // nobody asks for it
+    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
+    const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
+    const int pair_channel = static_cast<int>(threadIdx.x) % kChannels,
+              pair_first = static_cast<int>(threadIdx.x) / kChannels;
+    const float bias = p.bias != nullptr && d0 + pair_channel < d ? p.bias[d0 + pair_channel] : 0.0f;
+    float A[K], gh[K] = {}, sum = 0.0f;
+    load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
+#pragma unroll
+    for (int k = 0; k < K; ++k) A[k] *= kLog2E;
+    Incoming<T, K, S> x;
+    int64_t t0 = span.begin + (span.end - span.begin - 1) / kTile * kTile;
+    x.template load<false>(p, t0, span.end, d0);
+    for (; t0 >= span.begin; t0 -= kTile) {
+        const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
+#pragma unroll
+        for (int i = 0; i < Block<K, S>::kPairs; ++i) {
+            const int t = pair_first + i * S;
+            step[t][pair_channel] = {t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f,
+                                     x.gradient(p, i)};
+        }
+        x.C.store(&rows[0][0]);
+        __syncthreads();
+        if (t0 > span.begin) x.template load<false>(p, t0 - kTile, span.end, d0);
+#pragma unroll 8
+        for (int t = kTile - 1; t >= 0; --t) {
+            const float2 s = step[t][channel];
+            float C[K];
+            load_row(C, &rows[t][part * K]);
+            sum += s.x;
+#pragma unroll
+            for (int k = 0; k < K; ++k) gh[k] = exp2_fast(s.x * A[k]) * fmaf(s.y, C[k], gh[k]);
+        }
+        __syncthreads();
+    }
+    store_states(p.ends + span.index * d * n, gh, d0 + channel, d, n, part);
+    if (part == 0 && d0 + channel < d) p.sums[span.index * d + d0 + channel] = sum;
+}
+
+template <int K, int S>
+struct Shared {
+    static constexpr int kWarps = kThreads / kWarp;
+    Pack<float, K> q[kTile]
+                    [kThreads];  // on the way down replaced by sums over the thread's states: C h, gh B, e A
+    float2 step[kTile][Block<K, S>::kChannels];  // dt, dt u
+    float gradient[kTile][Block<K, S>::kChannels];
+    float B[kTile][K * S], C[kTile][K * S];
+    float rows[kTile][kWarps][2 * K * S];  // gradients of B and C, summed over the warp's channels
+};
+
+// Sums of 2 K values over the warp's channels: each lane is left with kLeft of them, those from its
+// (lane / S) kLeft-th on. Halves are swapped, so that every sum is computed once.
+template <int K, int S>
+struct ChannelSums {
+    static constexpr int kLeft = 2 * K * S / kWarp;
+    float v[2 * K];  // B, then C
+
+    __device__ void sum(int lane) {
+        int half = K;
+#pragma unroll
+        for (int offset = kWarp / 2; offset >= S; offset /= 2) {
+            const bool upper = (lane & offset) != 0;
+#pragma unroll
+            for (int i = 0; i < K; ++i) {
+                if (i >= half) break;
+                const float keep = upper ? v[i + half] : v[i], send = upper ? v[i] : v[i + half];
+                v[i] = keep + __shfl_xor_sync(kAllLanes, send, offset);
+            }
+            half /= 2;
+        }
+    }
+    __device__ void store(float* row, int lane) const {
+#pragma unroll
+        for (int i = 0; i < kLeft; ++i) {
+            const int which = lane / S * kLeft + i;
+            row[which / K * K * S + lane % S * K + which % K] = v[i];
+        }
+    }
+};
+
+template <class T, int K, int S>
+struct Walk {
+    Shared<K, S>& m;
+    const BackwardParams<T>& p;
+    int channel, part, lane, warp;
+    float A[K], gh[K], gA[K];
+
+    __device__ void up(const float (&state)[K]) {
+        float h[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) h[k] = state[k];
+#pragma unroll 8
+        for (int t = 0; t < kTile; ++t) {
+            const float2 s = m.step[t][channel];
+            float B[K];
+            load_row(B, &m.B[t][part * K]);
+            Pack<float, K> q;
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                q.at[k] = exp2_fast(s.x * A[k]) * h[k];
+                h[k] = fmaf(s.y, B[k], q.at[k]);
+            }
+            m.q[t][threadIdx.x] = q;
+        }
+    }
+    __device__ void down() {
+#pragma unroll 4
+        for (int t = kTile - 1; t >= 0; --t) {
+            const float2 s = m.step[t][channel];
+            const float g = m.gradient[t][channel];
+            float B[K], C[K];
+            load_row(B, &m.B[t][part * K]);
+            load_row(C, &m.C[t][part * K]);
+            const Pack<float, K> q = m.q[t][threadIdx.x];
+            Pack<float, K> sums{};
+            ChannelSums<K, S> rows;
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const float h = fmaf(s.y, B[k], q.at[k]);
+                gh[k] = fmaf(g, C[k], gh[k]);
+                const float e = gh[k] * q.at[k];
+                sums.at[0] = fmaf(C[k], h, sums.at[0]);
+                sums.at[1] = fmaf(gh[k], B[k], sums.at[1]);
+                sums.at[2] = fmaf(e, A[k], sums.at[2]);
+                gA[k] = fmaf(s.x, e, gA[k]);
+                rows.v[k] = gh[k] * s.y;
+                rows.v[K + k] = g * h;
+                gh[k] *= exp2_fast(s.x * A[k]);
+            }
+            m.q[t][threadIdx.x] = sums;
+            rows.sum(lane);
+            rows.store(m.rows[t][warp], lane);
+        }
+    }
+};
+
+// What tiles leave to a (token, channel) pair's thread: the channel's sums over time.
+struct ChannelGradients {
+    float D = 0.0f, bias = 0.0f;
+};
+
+__device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, float value, bool set) {
+    if (to.data == nullptr) return;
+    float* at = to.data + t * to.stride + c;
+    *at = set ? value : *at + value;
+}
+
+template <class T, int K, int S>
+__device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, S>& m,
+                                    const Incoming<T, K, S>& x, int64_t t0, int count, int64_t d0, float bias,
+                                    float D, ChannelGradients& sums) {
+    constexpr int kChannels = Block<K, S>::kChannels;
+    const int channel = static_cast<int>(threadIdx.x) % kChannels,
+              first = static_cast<int>(threadIdx.x) / kChannels;
+    if (d0 + channel >= p.u.shape[1]) return;
+#pragma unroll
+    for (int i = 0; i < Block<K, S>::kPairs; ++i) {
+        const int t = first + i * S;
+        if (t >= count) break;
+        float Ch = 0.0f, ghB = 0.0f, eA = 0.0f;
+#pragma unroll
+        for (int j = 0; j < S; ++j) {
+            const Pack<float, K> q = m.q[t][channel * S + j];
+            Ch += q.at[0], ghB += q.at[1], eA += q.at[2];
+        }
+        const float u = to_float(x.u.at[i]), dt = m.step[t][channel].x, g = m.gradient[t][channel];
+        float gdelta = fmaf(u, ghB, eA * kLn2);
+        if (p.softplus) gdelta *= sigmoid(x.delta.at[i] + bias);
+        give(p.grad_u, t0 + t, d0 + channel, fmaf(D, g, dt * ghB), p.set.u);
+        give(p.grad_delta, t0 + t, d0 + channel, gdelta, p.set.delta);
+        if (p.grad_z.data != nullptr) {
+            const float z = to_float(x.z.at[i]);
+            give(p.grad_z, t0 + t, d0 + channel, x.grad_y.at[i] * fmaf(D, u, Ch) * silu_slope(z, sigmoid(z)),
+                 p.set.z);
+        }
+        sums.D = fmaf(g, u, sums.D);
+        sums.bias += gdelta;
+    }
+}
+
+template <class T, int K, int S>
+__device__ inline void finish_rows(const BackwardParams<T>& p, const Shared<K, S>& m, int64_t t0, int count) {
+    constexpr int kStates = K * S;
+    const int64_t n = p.A.shape[1];
+    float* to = p.rows + (blockIdx.x % p.d_blocks * p.u.shape[0] + t0) * 2 * n;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < kTile * 2 * kStates; i += kThreads) {
+        const int t = i / (2 * kStates), j = i % (2 * kStates);
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < Shared<K, S>::kWarps; ++w) sum += m.rows[t][w][j];
+        if (t < count && j % kStates < n) to[t * 2 * n + j / kStates * n + j % kStates] = sum;
+    }
+}
+
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ BackwardParams<T> p) {
+    constexpr int kChannels = Block<K, S>::kChannels;
+    extern __shared__ float4 memory[];
+    auto& m = *reinterpret_cast<Shared<K, S>*>(memory);
+    const auto span = p.segments.at(blockIdx.x / p.d_blocks);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
+    const int pair_channel = thread % kChannels, pair_first = thread / kChannels;
+    const bool mine = d0 + pair_channel < d;
+    const float bias = p.bias != nullptr && mine ? p.bias[d0 + pair_channel] : 0.0f,
+                D = p.D != nullptr && mine ? p.D[d0 + pair_channel] : 0.0f;
+    Walk<T, K, S> walk{m, p, thread / S, thread % S, thread % kWarp, thread / kWarp, {}, {}, {}};
+    const int64_t c = d0 + walk.channel;
+    const int part = walk.part;
+    load_states(walk.A, p.A.data + c * (p.A.stride - n), c, d, n, part);
+#pragma unroll
+    for (int k = 0; k < K; ++k) walk.A[k] *= kLog2E;
+    const int64_t row = p.segments.split ? span.index : span.sequence;
+    load_states(walk.gh, p.entering != nullptr ? p.entering + row * d * n : nullptr, c, d, n, part);
+    ChannelGradients sums;
+    const int64_t first_tile = p.first_tile.first.offset(span.sequence);
+    Incoming<T, K, S> x, next;
+    const auto load = [&](Incoming<T, K, S>& to, int64_t t0) {
+        to.template load<true>(p, t0, span.end, d0);
+        load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part);
+    };
+    const int64_t last = span.begin + (span.end - span.begin - 1) / kTile * kTile;
+    if (span.end > span.begin) load(next, last);
+    for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
+        const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
+        x = next;
+#pragma unroll
+        for (int i = 0; i < Block<K, S>::kPairs; ++i) {
+            const int t = pair_first + i * S;
+            const float dt = t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f;
+            m.step[t][pair_channel] = {dt, dt * to_float(x.u.at[i])};
+            m.gradient[t][pair_channel] = x.gradient(p, i);
+        }
+        x.B.store(&m.B[0][0]);
+        x.C.store(&m.C[0][0]);
+        __syncthreads();
+        if (t0 > span.begin) load(next, t0 - kTile);
+        walk.up(x.state);
+        walk.down();
+        __syncthreads();
+        finish_pairs(p, m, x, t0, count, d0, bias, D, sums);
+        if (p.rows != nullptr) finish_rows(p, m, t0, count);
+        __syncthreads();
+    }
+    if (p.grad_initial != nullptr && span.first && c < d) {
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (part * K + k < n) p.grad_initial[(span.sequence * d + c) * n + part * K + k] += walk.gh[k];
+    }
+    if (p.states_A != nullptr) store_states(p.states_A + span.index * d * n, walk.gA, c, d, n, part);
+    if (p.channels == nullptr) return;
+    // Threads of one channel: kChannels apart.
+    auto* both = reinterpret_cast<float2*>(memory);
+    both[thread] = {sums.D, sums.bias};
+    __syncthreads();
+    if (thread >= kChannels || !mine) return;
+    float2 sum{};
+    for (int i = thread; i < kThreads; i += kChannels) sum.x += both[i].x, sum.y += both[i].y;
+    p.channels[2 * span.index * d + d0 + thread] = sum.x;
+    p.channels[(2 * span.index + 1) * d + d0 + thread] = sum.y;
+}
+
+// to[r][j] <- (set ? 0 : to[r][j]) + sum over i < count of from[i][r][j], in the order of i.
+struct SumParams {
+    const float* from;
+    int64_t count, apart, from_stride;  // elements between two i and between two r
+    View<float, 2> to;
+    bool set;
+};
+__global__ void __launch_bounds__(kThreads) Sum(const __grid_constant__ SumParams p) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, n = p.to.shape[1];
+    if (i >= p.to.shape[0] * n) return;
+    const int64_t r = i / n, j = i % n;
+    const float* from = p.from + r * p.from_stride + j;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int64_t k = 0; k < p.count; ++k) sum += from[k * p.apart];
+    give(p.to, r, j, sum, p.set);
+}
+
+void sum(const Exec& ex, const SumParams& p) {
+    if (p.to.data == nullptr || p.to.size() == 0) return;
+    Sum<<<blocks_for(p.to.size(), kThreads), kThreads, 0, stream_of(ex)>>>(p);
+    check_launch("selective_scan_backward");
+}
+
+template <class T>
+BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const float, 2> grad_y,
+                              const SelectiveScanGradients& grad) {
+    BackwardParams<T> p{};
+    p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C, p.grad_y = grad_y;
+    p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
+    p.grad_u = grad.u, p.grad_delta = grad.delta, p.grad_z = grad.z, p.set = grad.set;
+    p.grad_initial = grad.initial_state.data;
+    return p;
+}
+
+template <class T, int K, int S>
+void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const float, 3> grad_final_state,
+                  const SelectiveScanGradients& grad, const SelectiveScanOptions& options) {
+    const int64_t t = p.u.shape[0], d = p.A.shape[0], n = p.A.shape[1],
+                  s = static_cast<int64_t>(cu.size()) - 1;
+    p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
+    const SegmentsOnDevice segments(ex, cu, p.d_blocks,
+                                    selective_scan_want(ex, options, p.d_blocks * s, 2, 8));
+    p.segments = segments.get();
+    const auto count = static_cast<size_t>(segments.count()), dn = static_cast<size_t>(d * n);
+    const size_t split = p.segments.split ? count : 0;
+    const auto blocks = static_cast<unsigned>(segments.count() * p.d_blocks);
+    const Scratch<float> ends(ex, split * dn), sums(ex, split * static_cast<size_t>(d)),
+        rows(ex, grad.B || grad.C ? static_cast<size_t>(p.d_blocks * t * 2 * n) : 0),
+        states_A(ex, grad.A ? count * dn : 0),
+        channels(ex, grad.D || grad.delta_bias ? 2 * count * static_cast<size_t>(d) : 0);
+    p.ends = ends.data(), p.sums = sums.data();
+    p.rows = grad.B || grad.C ? rows.data() : nullptr;
+    p.states_A = grad.A ? states_A.data() : nullptr;
+    p.channels = grad.D || grad.delta_bias ? channels.data() : nullptr;
+    p.entering = grad_final_state.data;
+    if (split > 0) {
+        Reverse<T, K, S><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+        check_launch("selective_scan_backward");
+        selective_scan_combine(
+            ex, {p.segments, grad_final_state.data, p.A.data, p.A.stride, d, n, ends.data(), sums.data()},
+            true);
+        p.entering = ends.data();
+    }
+    constexpr int kBytes = static_cast<int>(sizeof(Shared<K, S>));
+    check(cudaFuncSetAttribute(Backward<T, K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+          "selective_scan_backward");
+    Backward<T, K, S><<<blocks, kThreads, kBytes, stream_of(ex)>>>(p);
+    check_launch("selective_scan_backward");
+    const int64_t segment_count = segments.count();
+    sum(ex, {rows.data(), p.d_blocks, t * 2 * n, 2 * n, grad.B, grad.set.B});
+    sum(ex, {rows.data() + n, p.d_blocks, t * 2 * n, 2 * n, grad.C, grad.set.C});
+    sum(ex, {states_A.data(), segment_count, d * n, n, grad.A, false});
+    sum(ex, {channels.data(), segment_count, 2 * d, 0, {grad.D.data, {1, d}, d}, false});
+    sum(ex, {channels.data() + d, segment_count, 2 * d, 0, {grad.delta_bias.data, {1, d}, d}, false});
+}
+
+}  // namespace
+
+template <class T>
+void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
+                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             const SelectiveScanOptions& options) {
+    const int64_t d = in.u.shape[1], n = in.A.shape[1];
+    if (in.cu_seqlens.size() < 2 || d == 0) return;
+    const std::vector<int64_t> tiles = selective_scan_first_chunks(in.cu_seqlens, kTile);
+    const SequencesOnDevice first_tile(ex, tiles);
+    const bool again = options.chunk != kTile;
+    const Scratch<float> states(ex, again ? static_cast<size_t>(tiles.back() * d * n) : 0);
+    if (again) selective_scan_states(ex, in, {states.data(), {tiles.back(), d, n}}, options);
+    BackwardParams<T> p = make_params(in, grad_y, grad);
+    p.first_tile.first = first_tile.get();
+    p.states = again ? states.data() : chunk_states.data;
+    with_block(n, [&](auto k, auto parts) {
+        run_backward<T, decltype(k)::value, decltype(parts)::value>(ex, p, in.cu_seqlens, grad_final_state,
+                                                                    grad, options);
+    });
+}
+
+template void selective_scan_backward(const Exec&, const SelectiveScanInputs<float>&, View<const float, 3>,
+                                      View<const float, 2>, View<const float, 3>,
+                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+template void selective_scan_backward(const Exec&, const SelectiveScanInputs<bf16>&, View<const float, 3>,
+                                      View<const float, 2>, View<const float, 3>,
+                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+
+}  // namespace ssm::cuda

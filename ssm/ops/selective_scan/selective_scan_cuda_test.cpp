@@ -1,0 +1,293 @@
+// The CUDA kernels against the CPU's, which their own test holds to an f64 loop and finite differences: the
+// same problem is put on both devices and every result compared.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <string>
+#include <type_traits>
+
+#include "ssm/ops/selective_scan/selective_scan.h"
+#include "tests/support/compare.h"
+#include "tests/support/cuda.h"
+#include "tests/support/gradcheck.h"
+
+namespace ssm {
+namespace {
+
+using TimeParallel = SelectiveScanOptions::TimeParallel;
+using test::expect_close;
+using Results = std::map<std::string, std::vector<float>>;
+
+struct Flags {
+    bool D = true, z = true, bias = true, initial = true, softplus = true, final_gradient = true;
+};
+
+struct Case {
+    int64_t d = 40, n = 16;
+    std::vector<int64_t> lengths{70};
+    int64_t pad = 0;  // > 0: rows lie apart, and begin one element after an aligned address
+    Flags flags = {};
+    SelectiveScanOptions options = {};
+    SelectiveScanGradients::Set set = {};
+};
+
+// The case's arguments on one device; the numbers depend on the case alone.
+template <class T>
+class Problem {
+public:
+    Problem(const Exec& ex, const Case& c) : ex_(ex), c_(c), s_(static_cast<int64_t>(c.lengths.size())) {
+        cu_.push_back(0);
+        for (const int64_t length : c.lengths) cu_.push_back(cu_.back() + length);
+        t_ = cu_.back();
+        const bool softplus = c.flags.softplus;
+        u_ = rows<T>(c.d, -1, 1), z_ = rows<T>(c.d, -3, 3);
+        delta_ = softplus ? rows<float>(c.d, -4, 1) : rows<float>(c.d, 0.01f, 0.1f);
+        B_ = rows<float>(c.n, -1, 1), C_ = rows<float>(c.n, -1, 1), grad_y_ = rows<float>(c.d, -1, 1);
+        A_ = dense({c.d, c.n}, -4, -0.01f), D_ = dense({c.d}, -1, 1);
+        bias_ = softplus ? dense({c.d}, -1, 1) : dense({c.d}, 0, 0.02f);
+        initial_ = dense({s_, c.d, c.n}, -1, 1), grad_final_ = dense({s_, c.d, c.n}, -1, 1);
+    }
+
+    Results forward() {
+        const Tensor y = filled<T>({t_, c_.d + c_.pad}, NAN), y_view = window(y, c_.d),
+                     final_state = filled<float>({s_, c_.d, c_.n}, NAN);
+        states_ = filled<float>({selective_scan_chunks(cu_, c_.options.chunk), c_.d, c_.n}, NAN);
+        selective_scan<T>(ex_, inputs(), y_view.view<T, 2>(), final_state.view<float, 3>(),
+                          states_.view<float, 3>(), c_.options);
+        return {{"y", floats<T>(y)},
+                {"final_state", floats<float>(final_state)},
+                {"chunk_states", floats<float>(states_)}};
+    }
+    // After forward().
+    Results backward() {
+        const auto start = [](const Exec& ex, Shape shape) {
+            return test::on_device(
+                std::vector<float>(static_cast<size_t>(element_count(shape)), test::kGradientStart), shape,
+                ex);
+        };
+        const int64_t wide = c_.d + c_.pad, narrow = c_.n + c_.pad;
+        const Tensor u = start(ex_, {t_, wide}), delta = start(ex_, {t_, wide}), z = start(ex_, {t_, wide}),
+                     A = start(ex_, {c_.d, c_.n}), B = start(ex_, {t_, narrow}), C = start(ex_, {t_, narrow}),
+                     D = start(ex_, {c_.d}), bias = start(ex_, {c_.d}),
+                     initial = start(ex_, {s_, c_.d, c_.n});
+        SelectiveScanGradients grad{.set = c_.set};
+        const Tensor wu = window(u, c_.d), wd = window(delta, c_.d), wz = window(z, c_.d),
+                     wB = window(B, c_.n), wC = window(C, c_.n);
+        grad.u = wu.view<float, 2>(), grad.delta = wd.view<float, 2>(), grad.A = A.view<float, 2>();
+        grad.B = wB.view<float, 2>(), grad.C = wC.view<float, 2>(), grad.delta_bias = bias.view<float, 1>();
+        if (c_.flags.D) grad.D = D.view<float, 1>();
+        if (c_.flags.z) grad.z = wz.view<float, 2>();
+        grad.initial_state = initial.view<float, 3>();
+        View<const float, 3> grad_final;
+        if (c_.flags.final_gradient) grad_final = grad_final_.view<const float, 3>();
+        selective_scan_backward<T>(ex_, inputs(), states_.view<const float, 3>(),
+                                   window(grad_y_, c_.d).template view<const float, 2>(), grad_final, grad,
+                                   c_.options);
+        Results all{{"u", floats<float>(u)},
+                    {"delta", floats<float>(delta)},
+                    {"z", floats<float>(z)},
+                    {"A", floats<float>(A)},
+                    {"B", floats<float>(B)},
+                    {"C", floats<float>(C)},
+                    {"D", floats<float>(D)},
+                    {"delta_bias", floats<float>(bias)},
+                    {"initial_state", floats<float>(initial)}};
+        for (auto& [name, values] : all) values = test::added(values);
+        return all;
+    }
+    // Every token by a step; the rows of `inputs` are sequences, so all lengths must be equal.
+    Results steps() {
+        const Tensor state = initial_.clone(), y = filled<T>({t_, c_.d + c_.pad}, NAN);
+        const int64_t l = t_ / s_;
+        for (int64_t i = 0; i < l; ++i) {
+            SelectiveScanInputs<T> in = inputs();
+            const auto every = [&](auto& view, int64_t width) {
+                if (view) view = {view.data + i * view.stride, {s_, width}, l * view.stride};
+            };
+            every(in.u, c_.d), every(in.z, c_.d), every(in.delta, c_.d), every(in.B, c_.n), every(in.C, c_.n);
+            const View<T, 2> out = window(y, c_.d).template view<T, 2>();
+            selective_scan_step<T>(ex_, in, state.view<float, 3>(),
+                                   {out.data + i * out.stride, {s_, c_.d}, l * out.stride});
+        }
+        return {{"y", floats<T>(y)}, {"final_state", floats<float>(state)}};
+    }
+    SelectiveScanInputs<T> inputs() const {
+        SelectiveScanInputs<T> in;
+        in.u = window(u_, c_.d).template view<const T, 2>();
+        in.delta = window(delta_, c_.d).template view<const float, 2>();
+        in.A = A_.view<const float, 2>();
+        in.B = window(B_, c_.n).template view<const float, 2>(),
+        in.C = window(C_, c_.n).template view<const float, 2>();
+        if (c_.flags.D) in.D = D_.view<const float, 1>();
+        if (c_.flags.z) in.z = window(z_, c_.d).template view<const T, 2>();
+        if (c_.flags.bias) in.delta_bias = bias_.view<const float, 1>();
+        if (c_.flags.initial) in.initial_state = initial_.view<const float, 3>();
+        in.cu_seqlens = cu_;
+        in.delta_softplus = c_.flags.softplus;
+        return in;
+    }
+    const Tensor& u() const { return u_; }
+    const Tensor& z() const { return z_; }
+
+private:
+    Tensor window(const Tensor& wide, int64_t width) const {
+        const int64_t lead = c_.pad > 0 ? 1 : 0;
+        return c_.pad > 0 ? wide.columns(lead, lead + width) : wide;
+    }
+    template <class U>
+    Tensor rows(int64_t width, float low, float high) {
+        const Shape shape{t_, width + c_.pad};
+        return test::on_device(random_.vector<U>(element_count(shape), low, high), shape, ex_);
+    }
+    Tensor dense(const Shape& shape, float low, float high) {
+        return test::on_device(random_.vector(element_count(shape), low, high), shape, ex_);
+    }
+    template <class U>
+    Tensor filled(const Shape& shape, float value) const {
+        return test::on_device(
+            std::vector<U>(static_cast<size_t>(element_count(shape)), static_cast<U>(value)), shape, ex_);
+    }
+    template <class U>
+    static std::vector<float> floats(const Tensor& t) {
+        std::vector<float> v;
+        for (const U x : test::from_device<U>(t)) v.push_back(static_cast<float>(x));
+        return v;
+    }
+
+    const Exec& ex_;
+    const Case& c_;
+    int64_t s_, t_ = 0;
+    std::vector<int64_t> cu_;
+    test::Random random_{1};
+    Tensor u_, z_, delta_, A_, B_, C_, D_, bias_, initial_, grad_y_, grad_final_, states_;
+};
+
+const Exec& cpu_exec() {
+    static const Exec ex = make_cpu_exec();
+    return ex;
+}
+
+// NaN between the rows of y, and untouched gradients there, must agree as well.
+void compare(const Results& there, const Results& here, double tolerance) {
+    for (const auto& [name, values] : here)
+        expect_close(there.at(name), values, name == "y" ? tolerance : 1e-5, name.c_str());
+}
+
+template <class T>
+constexpr double kTolerance = std::is_same_v<T, float> ? 1e-5 : 5e-3;
+
+template <class T>
+void check(const Case& c) {
+    SCOPED_TRACE(testing::Message() << "d " << c.d << " n " << c.n << " s " << c.lengths.size()
+                                    << " first length " << c.lengths.front() << " pad " << c.pad << " chunk "
+                                    << c.options.chunk << " time parallel "
+                                    << static_cast<int>(c.options.time_parallel));
+    Problem<T> here(cpu_exec(), c), there(test::cuda_exec(), c);
+    compare(there.forward(), here.forward(), kTolerance<T>);
+    compare(there.backward(), here.backward(), kTolerance<T>);
+}
+
+template <class T>
+class SelectiveScanCuda : public testing::Test {};
+using Activations = testing::Types<float, bf16>;
+TYPED_TEST_SUITE(SelectiveScanCuda, Activations);
+
+TYPED_TEST(SelectiveScanCuda, MatchesCpuAtEveryLengthAroundATile) {
+    for (const auto mode : {TimeParallel::automatic, TimeParallel::never, TimeParallel::always}) {
+        for (const int64_t l : {0, 1, 31, 32, 33, 63, 64, 65, 257, 1000})
+            check<TypeParam>({.lengths = {l}, .options = {.time_parallel = mode}});
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, MatchesCpuAtEveryWidth) {
+    for (const int64_t d : {1, 7, 8, 9, 31, 32, 33, 100}) {
+        for (const int64_t n : {1, 3, 4, 15, 16, 17, 33, 64})
+            check<TypeParam>({.d = d, .n = n, .lengths = {37, 5}, .pad = 3});
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, MatchesCpuWithEveryChunk) {
+    for (const int64_t chunk : {1, 7, 16, 32, 33, 64, 1000}) {
+        for (const auto mode : {TimeParallel::never, TimeParallel::always})
+            check<TypeParam>(
+                {.lengths = {130, 0, 64, 31}, .options = {.chunk = chunk, .time_parallel = mode}});
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, MatchesCpuWithoutOptionalArguments) {
+    for (int bits = 0; bits < 64; ++bits) {
+        const Flags flags{(bits & 1) != 0, (bits & 2) != 0,  (bits & 4) != 0,
+                          (bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0};
+        check<TypeParam>({.d = 19, .lengths = {11, 90}, .flags = flags});
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, PackedSequencesNeverSeeEachOther) {
+    std::vector<int64_t> many{0, 5, 0, 0, 130, 1, 64, 0};
+    for (const auto mode : {TimeParallel::never, TimeParallel::always})
+        check<TypeParam>({.d = 33, .lengths = many, .pad = 1, .options = {.time_parallel = mode}});
+    for (int64_t i = 0; i < 90; ++i) many.push_back(i % 41);  // more than a kernel's parameters hold
+    for (const auto mode : {TimeParallel::never, TimeParallel::always})
+        check<TypeParam>({.d = 33, .lengths = many, .pad = 1, .options = {.time_parallel = mode}});
+}
+
+TYPED_TEST(SelectiveScanCuda, GradientsAreSetWhereAsked) {
+    for (int which = 0; which < 5; ++which)
+        check<TypeParam>({.lengths = {40, 0, 5},
+                          .pad = 2,
+                          .set = {which == 0, which == 1, which == 2, which == 3, which == 4}});
+}
+
+TYPED_TEST(SelectiveScanCuda, StepsMatchTheScan) {
+    for (const int64_t n : {1, 5, 16, 20, 64, 100}) {
+        const Case c{.d = 70, .n = n, .lengths = {12, 12, 12}, .pad = 5};
+        Problem<TypeParam> here(cpu_exec(), c), there(test::cuda_exec(), c);
+        Results expected = here.forward();
+        expected.erase("chunk_states");
+        compare(there.steps(), expected, kTolerance<TypeParam>);
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, OutputMayAliasUOrZ) {
+    for (const auto mode : {TimeParallel::never, TimeParallel::always}) {
+        const Case c{.lengths = {300}, .options = {.time_parallel = mode}};
+        Problem<TypeParam> plain(test::cuda_exec(), c);
+        const auto expected = plain.forward().at("y");
+        for (const bool over_u : {true, false}) {
+            Problem<TypeParam> p(test::cuda_exec(), c);
+            const Tensor& y = over_u ? p.u() : p.z();
+            selective_scan<TypeParam>(test::cuda_exec(), p.inputs(), y.view<TypeParam, 2>(), {}, {},
+                                      c.options);
+            const auto got = test::from_device<TypeParam>(y);
+            for (size_t i = 0; i < got.size(); ++i) ASSERT_EQ(static_cast<float>(got[i]), expected[i]) << i;
+        }
+    }
+}
+
+TYPED_TEST(SelectiveScanCuda, SameBytesFromRunToRun) {
+    const Case c{.d = 300, .lengths = {700, 3, 90}, .options = {.time_parallel = TimeParallel::always}};
+    Problem<TypeParam> one(test::cuda_exec(), c), two(test::cuda_exec(), c);
+    EXPECT_EQ(one.forward(), two.forward());
+    const Results first = one.backward();
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(first, two.backward());
+}
+
+// Steps of 1e-9 to 60 and decays from 1 to 0, over thousands of tokens.
+TEST(SelectiveScanCudaNumerics, HoldsForLongSequences) {
+    for (const auto mode : {TimeParallel::never, TimeParallel::always})
+        check<float>({.d = 64, .lengths = {4096}, .options = {.time_parallel = mode}});
+}
+
+TEST(SelectiveScanCudaErrors, TooManyStates) {
+    const Case c{.n = 65, .lengths = {3}};
+    Problem<float> p(test::cuda_exec(), c);
+    try {
+        p.forward();
+        FAIL() << "nothing thrown";
+    } catch (const Error& error) {
+        EXPECT_STREQ(error.what(), "[selective_scan] `A` must be [d n] with n <= 64 on a GPU but n is 65");
+    }
+}
+
+}  // namespace
+}  // namespace ssm
