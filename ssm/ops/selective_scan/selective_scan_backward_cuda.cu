@@ -52,7 +52,7 @@ struct Incoming {
         }
     }
     __device__ float gradient(const BackwardParams<T>& p, int i) const {  // of what silu(z) multiplies
-        return p.z.data != nullptr ? grad_y.at[i] * silu(to_float(z.at[i])) : grad_y.at[i];
+        return p.z.data != nullptr ? grad_y.at[i] * silu_fast(to_float(z.at[i])) : grad_y.at[i];
     }
 };
 
@@ -150,51 +150,91 @@ struct Walk {
     int channel, part, lane, warp;
     float A[K], gh[K], gA[K];
 
+    // Groups of tokens are read before what the last group leaves is written: the compiler cannot know that
+    // the two are apart, and would wait for each token.
+    template <int N>
+    struct Group {
+        float2 step[N];
+        float B[N][K], C[N][K], gradient[N];
+        Pack<float, K> q[N];
+    };
+    template <bool kDown, int N>
+    __device__ void load(Group<N>& to, int t) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            to.step[i] = m.step[t + i][channel];
+            load_row(to.B[i], &m.B[t + i][part * K]);
+            if constexpr (kDown) {
+                load_row(to.C[i], &m.C[t + i][part * K]);
+                to.gradient[i] = m.gradient[t + i][channel];
+                to.q[i] = m.q[t + i][threadIdx.x];
+            }
+        }
+    }
     __device__ void up(const float (&state)[K]) {
+        constexpr int N = 4;
         float h[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) h[k] = state[k];
-#pragma unroll 8
-        for (int t = 0; t < kTile; ++t) {
-            const float2 s = m.step[t][channel];
-            float B[K];
-            load_row(B, &m.B[t][part * K]);
-            Pack<float, K> q;
+        Group<N> now, next;
+        load<false>(now, 0);
+#pragma unroll
+        for (int t = 0; t < kTile; t += N) {
+            if (t + N < kTile) load<false>(next, t + N);
+            Pack<float, K> q[N];
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    q[i].at[k] = exp2_fast(now.step[i].x * A[k]) * h[k];
+                    h[k] = fmaf(now.step[i].y, now.B[i][k], q[i].at[k]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < N; ++i) m.q[t + i][threadIdx.x] = q[i];
+            now = next;
+        }
+    }
+    template <int N>
+    __device__ void down(const Group<N>& x, int t) {
+        Pack<float, K> sums[N];
+        ChannelSums<K, S> rows[N];
+#pragma unroll
+        for (int i = N - 1; i >= 0; --i) {
+            const float2 s = x.step[i];
+            const float g = x.gradient[i];
+            sums[i] = {};
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                q.at[k] = exp2_fast(s.x * A[k]) * h[k];
-                h[k] = fmaf(s.y, B[k], q.at[k]);
+                const float q = x.q[i].at[k], h = fmaf(s.y, x.B[i][k], q);
+                gh[k] = fmaf(g, x.C[i][k], gh[k]);
+                const float e = gh[k] * q;
+                sums[i].at[0] = fmaf(x.C[i][k], h, sums[i].at[0]);
+                sums[i].at[1] = fmaf(gh[k], x.B[i][k], sums[i].at[1]);
+                sums[i].at[2] = fmaf(e, A[k], sums[i].at[2]);
+                gA[k] = fmaf(s.x, e, gA[k]);
+                rows[i].v[k] = gh[k] * s.y;
+                rows[i].v[K + k] = g * h;
+                gh[k] *= exp2_fast(s.x * A[k]);
             }
-            m.q[t][threadIdx.x] = q;
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) rows[i].sum(lane);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            m.q[t + i][threadIdx.x] = sums[i];
+            rows[i].store(m.rows[t + i][warp], lane);
         }
     }
     __device__ void down() {
+        constexpr int N = 2;
+        Group<N> now, next;
+        load<true>(now, kTile - N);
 #pragma unroll 4
-        for (int t = kTile - 1; t >= 0; --t) {
-            const float2 s = m.step[t][channel];
-            const float g = m.gradient[t][channel];
-            float B[K], C[K];
-            load_row(B, &m.B[t][part * K]);
-            load_row(C, &m.C[t][part * K]);
-            const Pack<float, K> q = m.q[t][threadIdx.x];
-            Pack<float, K> sums{};
-            ChannelSums<K, S> rows;
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                const float h = fmaf(s.y, B[k], q.at[k]);
-                gh[k] = fmaf(g, C[k], gh[k]);
-                const float e = gh[k] * q.at[k];
-                sums.at[0] = fmaf(C[k], h, sums.at[0]);
-                sums.at[1] = fmaf(gh[k], B[k], sums.at[1]);
-                sums.at[2] = fmaf(e, A[k], sums.at[2]);
-                gA[k] = fmaf(s.x, e, gA[k]);
-                rows.v[k] = gh[k] * s.y;
-                rows.v[K + k] = g * h;
-                gh[k] *= exp2_fast(s.x * A[k]);
-            }
-            m.q[t][threadIdx.x] = sums;
-            rows.sum(lane);
-            rows.store(m.rows[t][warp], lane);
+        for (int t = kTile - N; t >= 0; t -= N) {
+            load<true>(next, t >= N ? t - N : 0);
+            down(now, t);
+            now = next;
         }
     }
 };
@@ -230,13 +270,13 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, 
         }
         const float u = to_float(x.u.at[i]), dt = m.step[t][channel].x, g = m.gradient[t][channel];
         float gdelta = fmaf(u, ghB, eA * kLn2);
-        if (p.softplus) gdelta *= sigmoid(x.delta.at[i] + bias);
+        if (p.softplus) gdelta *= sigmoid_fast(x.delta.at[i] + bias);
         give(p.grad_u, t0 + t, d0 + channel, fmaf(D, g, dt * ghB), p.set.u);
         give(p.grad_delta, t0 + t, d0 + channel, gdelta, p.set.delta);
         if (p.grad_z.data != nullptr) {
             const float z = to_float(x.z.at[i]);
-            give(p.grad_z, t0 + t, d0 + channel, x.grad_y.at[i] * fmaf(D, u, Ch) * silu_slope(z, sigmoid(z)),
-                 p.set.z);
+            give(p.grad_z, t0 + t, d0 + channel,
+                 x.grad_y.at[i] * fmaf(D, u, Ch) * silu_slope(z, sigmoid_fast(z)), p.set.z);
         }
         sums.D = fmaf(g, u, sums.D);
         sums.bias += gdelta;

@@ -64,24 +64,56 @@ struct Shared {
     }
 };
 
-// One token: h <- exp(dt A) h + dt u B. Returns sum C h.
-template <bool kY, int K, int S>
-__device__ inline void advance(Shared<K, S>& m, int t, int channel, int part, const float (&A)[K],
-                               float (&h)[K], float& sum) {
-    const float2 step = m.step[t][channel];
-    float B[K], C[K];
-    load_row(B, &m.B[t][part * K]);
-    if constexpr (kY) load_row(C, &m.C[t][part * K]);
-    float y = 0.0f;
+// N tokens of a staged tile in registers. Shared memory is read for the next ones before this group's y is
+// written there: the compiler cannot know that the two are apart, and would wait for each token.
+template <bool kY, int K, int S, int N>
+struct Group {
+    float2 step[N];
+    float B[N][K], C[N][K];
+
+    __device__ void load(const Shared<K, S>& m, int t, int channel, int part) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-        h[k] = fmaf(exp2_fast(step.x * A[k]), h[k], step.y * B[k]);
-        if constexpr (kY) y = fmaf(C[k], h[k], y);
+        for (int i = 0; i < N; ++i) {
+            step[i] = m.step[t + i][channel];
+            load_row(B[i], &m.B[t + i][part * K]);
+            if constexpr (kY) load_row(C[i], &m.C[t + i][part * K]);
+        }
     }
-    if constexpr (kY) {
-        m.y[t][threadIdx.x] = y;
-    } else {
-        sum += step.x;
+    // h <- exp(dt A) h + dt u B; y = sum C h.
+    __device__ void advance(Shared<K, S>& m, int t, const float (&A)[K], float (&h)[K], float& sum) const {
+        float y[N] = {}, decay[N][K];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) decay[i][k] = exp2_fast(step[i].x * A[k]);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                h[k] = fmaf(decay[i][k], h[k], step[i].y * B[i][k]);
+                if constexpr (kY) y[i] = fmaf(C[i][k], h[k], y[i]);
+            }
+            if constexpr (!kY) sum += step[i].x;
+        }
+        if constexpr (kY) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) m.y[t + i][threadIdx.x] = y[i];
+        }
+    }
+};
+
+template <bool kY, int K, int S>
+__device__ inline void walk_tile(Shared<K, S>& m, int channel, int part, const float (&A)[K], float (&h)[K],
+                                 float& sum) {
+    constexpr int N = 4;
+    Group<kY, K, S, N> now, next;
+    now.load(m, 0, channel, part);
+#pragma unroll
+    for (int t = 0; t < kTile; t += N) {
+        if (t + N < kTile) next.load(m, t + N, channel, part);
+        now.advance(m, t, A, h, sum);
+        now = next;
     }
 }
 
@@ -101,7 +133,7 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, con
             const Pack<float, 4> part = load_pack<4>(&m.y[t][channel * S + j]);
             y += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
         }
-        if (p.z.data != nullptr) y *= silu(to_float(z.at[i]));
+        if (p.z.data != nullptr) y *= silu_fast(to_float(z.at[i]));
         if (t < count) p.y.data[(t0 + t) * p.y.stride + d0 + channel] = from_float<T>(y);
     }
 }
@@ -141,13 +173,14 @@ __global__ void __launch_bounds__(kThreads) Scan(const __grid_constant__ ScanPar
         };
         if (aligned || p.chunk_states == nullptr) {
             save(0);
-#pragma unroll 8
-            for (int t = 0; t < kTile; ++t) advance<kY>(m, t, channel, part, A, h, sum);
+            walk_tile<kY>(m, channel, part, A, h, sum);
         } else {
 #pragma unroll 1
             for (int t = 0; t < kTile; ++t) {
                 save(t);
-                advance<kY>(m, t, channel, part, A, h, sum);
+                Group<kY, K, S, 1> one;
+                one.load(m, t, channel, part);
+                one.advance(m, t, A, h, sum);
             }
         }
         __syncthreads();
@@ -203,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
     if (!mine || threadIdx.x % kLanes != 0) return;
     if (D != nullptr) sum = fmaf(D[c], x, sum);
-    if (z.data != nullptr) sum *= silu(to_float(z.data[s * z.stride + c]));
+    if (z.data != nullptr) sum *= silu_fast(to_float(z.data[s * z.stride + c]));
     y.data[s * y.stride + c] = from_float<T>(sum);
 }
 
