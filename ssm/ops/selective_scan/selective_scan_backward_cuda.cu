@@ -51,8 +51,9 @@ struct Incoming {
             B.load(p.B, t0, count);
         }
     }
-    __device__ float gradient(const BackwardParams<T>& p, int i) const {  // of what silu(z) multiplies
-        return p.z.data != nullptr ? grad_y.at[i] * silu_fast(to_float(z.at[i])) : grad_y.at[i];
+    __device__ float gradient(const BackwardParams<T>& p, int i, bool mine) const {  // of what silu(z) gates
+        const float g = p.z.data != nullptr ? grad_y.at[i] * silu_fast(to_float(z.at[i])) : grad_y.at[i];
+        return mine ? g : 0.0f;
     }
 };
 
@@ -82,9 +83,9 @@ __global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ Back
         for (int i = 0; i < Block<K, S>::kPairs; ++i) {
             const int t = pair_first + i * S;
             step[t][pair_channel] = {t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f,
-                                     x.gradient(p, i)};
+                                     x.gradient(p, i, t < count)};
         }
-        x.C.store(&rows[0][0]);
+        x.C.store(&rows[0][0], n);
         __syncthreads();
         if (t0 > span.begin) x.template load<false>(p, t0 - kTile, span.end, d0);
 #pragma unroll 8
@@ -155,7 +156,7 @@ struct Walk {
     template <int N>
     struct Group {
         float2 step[N];
-        float B[N][K], C[N][K], gradient[N];
+        float B[N][K], C[N][K], gradient[N], decay[N][K];
         Pack<float, K> q[N];
     };
     template <bool kDown, int N>
@@ -172,31 +173,40 @@ struct Walk {
         }
     }
     __device__ void up(const float (&state)[K]) {
-        constexpr int N = 4;
+        constexpr int N = 2;
         float h[K];
 #pragma unroll
         for (int k = 0; k < K; ++k) h[k] = state[k];
-        Group<N> now, next;
+        Group<N> now, next, later;
         load<false>(now, 0);
+        load<false>(next, N);
+#pragma unroll
+        for (int i = 0; i < N; ++i) decays(now, i);
 #pragma unroll
         for (int t = 0; t < kTile; t += N) {
-            if (t + N < kTile) load<false>(next, t + N);
-            Pack<float, K> q[N];
+            if (t + 2 * N < kTile) load<false>(later, t + 2 * N);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
+                if (t + N < kTile) decays(next, i);
+                Pack<float, K> q;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    q[i].at[k] = exp2_fast(now.step[i].x * A[k]) * h[k];
-                    h[k] = fmaf(now.step[i].y, now.B[i][k], q[i].at[k]);
+                    q.at[k] = now.decay[i][k] * h[k];
+                    h[k] = fmaf(now.step[i].y, now.B[i][k], q.at[k]);
                 }
+                m.q[t + i][threadIdx.x] = q;
             }
-#pragma unroll
-            for (int i = 0; i < N; ++i) m.q[t + i][threadIdx.x] = q[i];
             now = next;
+            next = later;
         }
     }
     template <int N>
-    __device__ void down(const Group<N>& x, int t) {
+    __device__ void decays(Group<N>& x, int i) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) x.decay[i][k] = exp2_fast(x.step[i].x * A[k]);
+    }
+    template <int N>
+    __device__ void down(const Group<N>& x, Group<N>& next, int t) {
         Pack<float, K> sums[N];
         ChannelSums<K, S> rows[N];
 #pragma unroll
@@ -215,8 +225,9 @@ struct Walk {
                 gA[k] = fmaf(s.x, e, gA[k]);
                 rows[i].v[k] = gh[k] * s.y;
                 rows[i].v[K + k] = g * h;
-                gh[k] *= exp2_fast(s.x * A[k]);
+                gh[k] *= x.decay[i][k];
             }
+            decays(next, i);
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) rows[i].sum(lane);
@@ -230,10 +241,12 @@ struct Walk {
         constexpr int N = 2;
         Group<N> now, next;
         load<true>(now, kTile - N);
+#pragma unroll
+        for (int i = 0; i < N; ++i) decays(now, i);
 #pragma unroll 4
         for (int t = kTile - N; t >= 0; t -= N) {
             load<true>(next, t >= N ? t - N : 0);
-            down(now, t);
+            down(now, next, t);
             now = next;
         }
     }
@@ -335,10 +348,10 @@ __global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ 
             const int t = pair_first + i * S;
             const float dt = t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f;
             m.step[t][pair_channel] = {dt, dt * to_float(x.u.at[i])};
-            m.gradient[t][pair_channel] = x.gradient(p, i);
+            m.gradient[t][pair_channel] = x.gradient(p, i, mine && t < count);
         }
-        x.B.store(&m.B[0][0]);
-        x.C.store(&m.C[0][0]);
+        x.B.store(&m.B[0][0], n);
+        x.C.store(&m.C[0][0], n);
         __syncthreads();
         if (t0 > span.begin) load(next, t0 - kTile);
         walk.up(x.state);
@@ -394,6 +407,8 @@ template <class T>
 BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const float, 2> grad_y,
                               const SelectiveScanGradients& grad) {
     BackwardParams<T> p{};
+    require_stride(in.u), require_stride(in.z), require_stride(in.delta), require_stride(grad_y);
+    require_stride(in.B), require_stride(in.C);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C, p.grad_y = grad_y;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
     p.grad_u = grad.u, p.grad_delta = grad.delta, p.grad_z = grad.z, p.set = grad.set;

@@ -49,7 +49,7 @@ struct Shared {
     float y[kTile][kThreads];  // sum over the thread's states
 
     template <class T, bool kY>
-    __device__ void stage(const Incoming<T, K, S>& x, int count, float bias, bool softplus) {
+    __device__ void stage(const Incoming<T, K, S>& x, int count, int64_t n, float bias, bool softplus) {
         constexpr int kChannels = Block<K, S>::kChannels;
         const int channel = static_cast<int>(threadIdx.x) % kChannels,
                   first = static_cast<int>(threadIdx.x) / kChannels;
@@ -59,8 +59,8 @@ struct Shared {
             const float dt = t < count ? step_of(x.delta.at[i], bias, softplus) : 0.0f;
             step[t][channel] = {dt, dt * to_float(x.u.at[i])};
         }
-        x.B.store(&B[0][0]);
-        if constexpr (kY) x.C.store(&C[0][0]);
+        x.B.store(&B[0][0], n);
+        if constexpr (kY) x.C.store(&C[0][0], n);
     }
 };
 
@@ -69,7 +69,7 @@ struct Shared {
 template <bool kY, int K, int S, int N>
 struct Group {
     float2 step[N];
-    float B[N][K], C[N][K];
+    float B[N][K], C[N][K], decay[N][K];
 
     __device__ void load(const Shared<K, S>& m, int t, int channel, int part) {
 #pragma unroll
@@ -79,41 +79,44 @@ struct Group {
             if constexpr (kY) load_row(C[i], &m.C[t + i][part * K]);
         }
     }
-    // h <- exp(dt A) h + dt u B; y = sum C h.
-    __device__ void advance(Shared<K, S>& m, int t, const float (&A)[K], float (&h)[K], float& sum) const {
-        float y[N] = {}, decay[N][K];
+    __device__ void decays(int i, const float (&A)[K]) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
+        for (int k = 0; k < K; ++k) decay[i][k] = exp2_fast(step[i].x * A[k]);
+    }
+    // h <- exp(dt A) h + dt u B. Returns sum C h.
+    __device__ float advance(int i, float (&h)[K], float& sum) const {
+        float y = 0.0f;
 #pragma unroll
-            for (int k = 0; k < K; ++k) decay[i][k] = exp2_fast(step[i].x * A[k]);
+        for (int k = 0; k < K; ++k) {
+            h[k] = fmaf(decay[i][k], h[k], step[i].y * B[i][k]);
+            if constexpr (kY) y = fmaf(C[i][k], h[k], y);
         }
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                h[k] = fmaf(decay[i][k], h[k], step[i].y * B[i][k]);
-                if constexpr (kY) y[i] = fmaf(C[i][k], h[k], y[i]);
-            }
-            if constexpr (!kY) sum += step[i].x;
-        }
-        if constexpr (kY) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) m.y[t + i][threadIdx.x] = y[i];
-        }
+        if constexpr (!kY) sum += step[i].x;
+        return y;
     }
 };
 
+// Three groups are under way: one is read, one waits for its exponentials, one goes through the recurrence.
 template <bool kY, int K, int S>
 __device__ inline void walk_tile(Shared<K, S>& m, int channel, int part, const float (&A)[K], float (&h)[K],
                                  float& sum) {
-    constexpr int N = 4;
-    Group<kY, K, S, N> now, next;
+    constexpr int N = 2;
+    Group<kY, K, S, N> now, next, later;
     now.load(m, 0, channel, part);
+    next.load(m, N, channel, part);
+#pragma unroll
+    for (int i = 0; i < N; ++i) now.decays(i, A);
 #pragma unroll
     for (int t = 0; t < kTile; t += N) {
-        if (t + N < kTile) next.load(m, t + N, channel, part);
-        now.advance(m, t, A, h, sum);
+        if (t + 2 * N < kTile) later.load(m, t + 2 * N, channel, part);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (t + N < kTile) next.decays(i, A);
+            const float y = now.advance(i, h, sum);
+            if constexpr (kY) m.y[t + i][threadIdx.x] = y;
+        }
         now = next;
+        next = later;
     }
 }
 
@@ -124,6 +127,7 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, con
     const int channel = static_cast<int>(threadIdx.x) % kChannels,
               first = static_cast<int>(threadIdx.x) / kChannels;
     if (d0 + channel >= p.u.shape[1]) return;
+    T* to = p.y.data + t0 * p.y.stride + d0 + channel;
 #pragma unroll
     for (int i = 0; i < Block<K, S>::kPairs; ++i) {
         const int t = first + i * S;
@@ -134,12 +138,12 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, con
             y += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
         }
         if (p.z.data != nullptr) y *= silu_fast(to_float(z.at[i]));
-        if (t < count) p.y.data[(t0 + t) * p.y.stride + d0 + channel] = from_float<T>(y);
+        if (t < count) to[t * static_cast<int>(p.y.stride)] = from_float<T>(y);
     }
 }
 
 template <class T, int K, int S, bool kY>
-__global__ void __launch_bounds__(kThreads) Scan(const __grid_constant__ ScanParams<T> p) {
+__global__ void __launch_bounds__(kThreads, S == 4 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
     __shared__ alignas(16) Shared<K, S> m;
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
@@ -157,10 +161,10 @@ __global__ void __launch_bounds__(kThreads) Scan(const __grid_constant__ ScanPar
     load_states(h, p.entering != nullptr ? p.entering + row * d * n : nullptr, d0 + channel, d, n, part);
     const bool aligned = p.chunk % kTile == 0;
     Incoming<T, K, S> x;
-    x.template load<kY>(p, span.begin, span.end, d0);
+    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, d0);
     for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        m.template stage<T, kY>(x, count, bias, p.softplus);
+        m.template stage<T, kY>(x, count, n, bias, p.softplus);
         __syncthreads();
         const PairTile<T, K, S> u = x.u, z = x.z;
         x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, d0);
@@ -180,7 +184,9 @@ __global__ void __launch_bounds__(kThreads) Scan(const __grid_constant__ ScanPar
                 save(t);
                 Group<kY, K, S, 1> one;
                 one.load(m, t, channel, part);
-                one.advance(m, t, A, h, sum);
+                one.decays(0, A);
+                const float y = one.advance(0, h, sum);
+                if constexpr (kY) m.y[t][threadIdx.x] = y;
             }
         }
         __syncthreads();
@@ -243,6 +249,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 ScanParams<T> make_params(const SelectiveScanInputs<T>& in) {
     ScanParams<T> p{};
+    require_stride(in.u), require_stride(in.z), require_stride(in.delta);
+    require_stride(in.B), require_stride(in.C);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
     return p;
@@ -317,6 +325,7 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
                     View<float, 3> final_state, View<float, 3> chunk_states,
                     const SelectiveScanOptions& options) {
     ScanParams<T> p = make_params(in);
+    require_stride(y);
     p.y = y, p.final_state = final_state.data, p.chunk_states = chunk_states.data, p.chunk = options.chunk;
     run_scan<T, true>(ex, in, p, options);
 }

@@ -101,14 +101,15 @@ struct PairTile {
     static constexpr int kPairs = Block<K, S>::kPairs, kChannels = Block<K, S>::kChannels;
     T at[kPairs];
 
-    // Pair i of this thread: token threadIdx.x / kChannels + i * S, channel threadIdx.x % kChannels.
+    // Pair i of this thread: token threadIdx.x / kChannels + i * S, channel threadIdx.x % kChannels. Past the
+    // ends of both, the last one's: whoever uses them says what counts.
     __device__ void load(const View<const T, 2>& x, int64_t t0, int count, int64_t d0) {
+        if (x.data == nullptr) return;
         const int channel = static_cast<int>(threadIdx.x) % kChannels,
                   first = static_cast<int>(threadIdx.x) / kChannels;
-        const bool mine = x.data != nullptr && d0 + channel < x.shape[1];
-        const T* row = x.data + (t0 + first) * x.stride + d0 + channel;
+        const T* row = x.data + t0 * x.stride + min(d0 + channel, x.shape[1] - 1);
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) at[i] = mine && first + i * S < count ? row[i * S * x.stride] : T{};
+        for (int i = 0; i < kPairs; ++i) at[i] = row[min(first + i * S, count - 1) * static_cast<int>(x.stride)];
     }
 };
 
@@ -118,17 +119,18 @@ struct RowTile {
     float at[kRow];
 
     __device__ void load(const View<const float, 2>& x, int64_t t0, int count) {
-        const int n = static_cast<int>(x.shape[1]);
+        const int j = static_cast<int>(threadIdx.x) % kStates,
+                  first = static_cast<int>(threadIdx.x) / kStates;
+        const float* row = x.data + t0 * x.stride + min(j, static_cast<int>(x.shape[1]) - 1);
 #pragma unroll
-        for (int i = 0; i < kRow; ++i) {
-            const int at_tile = static_cast<int>(threadIdx.x) + i * kThreads;
-            const int t = at_tile / kStates, j = at_tile % kStates;
-            at[i] = t < count && j < n ? x.data[(t0 + t) * x.stride + j] : 0.0f;
-        }
+        for (int i = 0; i < kRow; ++i)
+            at[i] = row[min(first + i * (kThreads / kStates), count - 1) * static_cast<int>(x.stride)];
     }
-    __device__ void store(float* tile) const {
+    __device__ void store(float* tile, int64_t n) const {
+        const bool mine = static_cast<int>(threadIdx.x) % kStates < n;
 #pragma unroll
-        for (int i = 0; i < kRow; ++i) tile[static_cast<int>(threadIdx.x) + i * kThreads] = at[i];
+        for (int i = 0; i < kRow; ++i)
+            tile[static_cast<int>(threadIdx.x) + i * kThreads] = mine ? at[i] : 0.0f;
     }
 };
 
@@ -207,6 +209,13 @@ int64_t selective_scan_want(const Exec& ex, const SelectiveScanOptions& options,
 template <class T>
 void selective_scan_states(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> states,
                            const SelectiveScanOptions& options);
+
+// Inside a tile offsets are 32 bits wide.
+template <class T>
+void require_stride(const View<T, 2>& x) {
+    require(x.stride < INT32_MAX / kTile, "selective_scan", "rows lie {} elements apart, too far for a GPU",
+            x.stride);
+}
 
 // Calls f with Block's K and S for n states.
 template <class F>
