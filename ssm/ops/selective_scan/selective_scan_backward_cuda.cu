@@ -51,9 +51,20 @@ struct Incoming {
             B.load(p.B, t0, count);
         }
     }
-    __device__ float gradient(const BackwardParams<T>& p, int i, bool mine) const {  // of what silu(z) gates
-        const float g = p.z.data != nullptr ? grad_y.at[i] * silu_fast(to_float(z.at[i])) : grad_y.at[i];
-        return mine ? g : 0.0f;
+    // Of what silu(z) gates: 0 where no such pair exists.
+    __device__ void gradients(float (&g)[Block<K, S>::kPairs], bool gated, bool mine, int count) const {
+        constexpr int kPairs = Block<K, S>::kPairs;
+        const int first = static_cast<int>(threadIdx.x) / Block<K, S>::kChannels;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) g[i] = mine ? grad_y.at[i] : 0.0f;
+        if (gated) {
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i) g[i] *= silu_fast(to_float(z.at[i]));
+        }
+        if (count >= kTile) return;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i)
+            if (first + i * S >= count) g[i] = 0.0f;
     }
 };
 
@@ -79,12 +90,11 @@ __global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ Back
     x.template load<false>(p, t0, span.end, d0);
     for (; t0 >= span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
+        float dt[Block<K, S>::kPairs], g[Block<K, S>::kPairs];
+        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
+        x.gradients(g, p.z.data != nullptr, true, count);
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-            const int t = pair_first + i * S;
-            step[t][pair_channel] = {t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f,
-                                     x.gradient(p, i, t < count)};
-        }
+        for (int i = 0; i < Block<K, S>::kPairs; ++i) step[pair_first + i * S][pair_channel] = {dt[i], g[i]};
         x.C.store(&rows[0][0], n);
         __syncthreads();
         if (t0 > span.begin) x.template load<false>(p, t0 - kTile, span.end, d0);
@@ -263,18 +273,38 @@ __device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, floa
     *at = set ? value : *at + value;
 }
 
+// The thread's pairs of a tile, to a matrix of gradients.
+template <int K, int S>
+__device__ inline void give_pairs(const View<float, 2>& to, int64_t t0, int count, int64_t d0,
+                                  const float (&value)[Block<K, S>::kPairs], bool set) {
+    constexpr int kChannels = Block<K, S>::kChannels;
+    if (to.data == nullptr) return;
+    const int first = static_cast<int>(threadIdx.x) / kChannels;
+    float* at = to.data + (t0 + first) * to.stride + d0 + static_cast<int>(threadIdx.x) % kChannels;
+    const int64_t apart = S * to.stride;
+    if (set) {
+#pragma unroll
+        for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
+            if (first + i * S < count) *at = value[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
+            if (first + i * S < count) *at += value[i];
+    }
+}
+
 template <class T, int K, int S>
 __device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, S>& m,
                                     const Incoming<T, K, S>& x, int64_t t0, int count, int64_t d0, float bias,
                                     float D, ChannelGradients& sums) {
-    constexpr int kChannels = Block<K, S>::kChannels;
+    constexpr int kChannels = Block<K, S>::kChannels, kPairs = Block<K, S>::kPairs;
     const int channel = static_cast<int>(threadIdx.x) % kChannels,
               first = static_cast<int>(threadIdx.x) / kChannels;
     if (d0 + channel >= p.u.shape[1]) return;
+    float gu[kPairs], gdelta[kPairs], gz[kPairs];
 #pragma unroll
-    for (int i = 0; i < Block<K, S>::kPairs; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
         const int t = first + i * S;
-        if (t >= count) break;
         float Ch = 0.0f, ghB = 0.0f, eA = 0.0f;
 #pragma unroll
         for (int j = 0; j < S; ++j) {
@@ -282,24 +312,32 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, 
             Ch += q.at[0], ghB += q.at[1], eA += q.at[2];
         }
         const float u = to_float(x.u.at[i]), dt = m.step[t][channel].x, g = m.gradient[t][channel];
-        float gdelta = fmaf(u, ghB, eA * kLn2);
-        if (p.softplus) gdelta *= sigmoid_fast(x.delta.at[i] + bias);
-        give(p.grad_u, t0 + t, d0 + channel, fmaf(D, g, dt * ghB), p.set.u);
-        give(p.grad_delta, t0 + t, d0 + channel, gdelta, p.set.delta);
-        if (p.grad_z.data != nullptr) {
-            const float z = to_float(x.z.at[i]);
-            give(p.grad_z, t0 + t, d0 + channel,
-                 x.grad_y.at[i] * fmaf(D, u, Ch) * silu_slope(z, sigmoid_fast(z)), p.set.z);
-        }
-        sums.D = fmaf(g, u, sums.D);
-        sums.bias += gdelta;
+        gu[i] = fmaf(D, g, dt * ghB);
+        gdelta[i] = fmaf(u, ghB, eA * kLn2);
+        gz[i] = x.grad_y.at[i] * fmaf(D, u, Ch);
+        if (t < count) sums.D = fmaf(g, u, sums.D);
     }
+    if (p.softplus) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) gdelta[i] *= sigmoid_fast(x.delta.at[i] + bias);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) sums.bias += first + i * S < count ? gdelta[i] : 0.0f;
+    give_pairs<K, S>(p.grad_u, t0, count, d0, gu, p.set.u);
+    give_pairs<K, S>(p.grad_delta, t0, count, d0, gdelta, p.set.delta);
+    if (p.grad_z.data == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+        const float z = to_float(x.z.at[i]);
+        gz[i] *= silu_slope(z, sigmoid_fast(z));
+    }
+    give_pairs<K, S>(p.grad_z, t0, count, d0, gz, p.set.z);
 }
 
 template <class T, int K, int S>
 __device__ inline void finish_rows(const BackwardParams<T>& p, const Shared<K, S>& m, int64_t t0, int count) {
     constexpr int kStates = K * S;
-    const int64_t n = p.A.shape[1];
+    const int n = static_cast<int>(p.A.shape[1]);
     float* to = p.rows + (blockIdx.x % p.d_blocks * p.u.shape[0] + t0) * 2 * n;
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < kTile * 2 * kStates; i += kThreads) {
@@ -343,12 +381,13 @@ __global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ 
     for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
         x = next;
+        float dt[Block<K, S>::kPairs], g[Block<K, S>::kPairs];
+        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
+        x.gradients(g, p.z.data != nullptr, mine, count);
 #pragma unroll
         for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-            const int t = pair_first + i * S;
-            const float dt = t < count ? step_of(x.delta.at[i], bias, p.softplus) : 0.0f;
-            m.step[t][pair_channel] = {dt, dt * to_float(x.u.at[i])};
-            m.gradient[t][pair_channel] = x.gradient(p, i, mine && t < count);
+            m.step[pair_first + i * S][pair_channel] = {dt[i], dt[i] * to_float(x.u.at[i])};
+            m.gradient[pair_first + i * S][pair_channel] = g[i];
         }
         x.B.store(&m.B[0][0], n);
         x.C.store(&m.C[0][0], n);

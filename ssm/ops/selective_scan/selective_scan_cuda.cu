@@ -53,12 +53,11 @@ struct Shared {
         constexpr int kChannels = Block<K, S>::kChannels;
         const int channel = static_cast<int>(threadIdx.x) % kChannels,
                   first = static_cast<int>(threadIdx.x) / kChannels;
+        float dt[Block<K, S>::kPairs];
+        steps_of<K, S>(dt, x.delta, bias, softplus, count);
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-            const int t = first + i * S;
-            const float dt = t < count ? step_of(x.delta.at[i], bias, softplus) : 0.0f;
-            step[t][channel] = {dt, dt * to_float(x.u.at[i])};
-        }
+        for (int i = 0; i < Block<K, S>::kPairs; ++i)
+            step[first + i * S][channel] = {dt[i], dt[i] * to_float(x.u.at[i])};
         x.B.store(&B[0][0], n);
         if constexpr (kY) x.C.store(&C[0][0], n);
     }
@@ -127,19 +126,25 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, con
     const int channel = static_cast<int>(threadIdx.x) % kChannels,
               first = static_cast<int>(threadIdx.x) / kChannels;
     if (d0 + channel >= p.u.shape[1]) return;
-    T* to = p.y.data + t0 * p.y.stride + d0 + channel;
+    float y[Block<K, S>::kPairs];
 #pragma unroll
     for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-        const int t = first + i * S;
-        float y = D * to_float(u.at[i]);
+        y[i] = D * to_float(u.at[i]);
 #pragma unroll
         for (int j = 0; j < S; j += 4) {
-            const Pack<float, 4> part = load_pack<4>(&m.y[t][channel * S + j]);
-            y += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
+            const Pack<float, 4> part = load_pack<4>(&m.y[first + i * S][channel * S + j]);
+            y[i] += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
         }
-        if (p.z.data != nullptr) y *= silu_fast(to_float(z.at[i]));
-        if (t < count) to[t * static_cast<int>(p.y.stride)] = from_float<T>(y);
     }
+    if (p.z.data != nullptr) {
+#pragma unroll
+        for (int i = 0; i < Block<K, S>::kPairs; ++i) y[i] *= silu_fast(to_float(z.at[i]));
+    }
+    T* to = p.y.data + (t0 + first) * p.y.stride + d0 + channel;
+    const int64_t apart = S * p.y.stride;
+#pragma unroll
+    for (int i = 0; i < Block<K, S>::kPairs; ++i, to += apart)
+        if (first + i * S < count) *to = from_float<T>(y[i]);
 }
 
 template <class T, int K, int S, bool kY>

@@ -108,8 +108,16 @@ struct PairTile {
         const int channel = static_cast<int>(threadIdx.x) % kChannels,
                   first = static_cast<int>(threadIdx.x) / kChannels;
         const T* row = x.data + t0 * x.stride + min(d0 + channel, x.shape[1] - 1);
+        if (count >= kTile) {
+            const T* at_row = row + first * x.stride;
+            const int64_t apart = S * x.stride;
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) at[i] = row[min(first + i * S, count - 1) * static_cast<int>(x.stride)];
+            for (int i = 0; i < kPairs; ++i, at_row += apart) at[i] = *at_row;
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPairs; ++i)
+                at[i] = row[min(first + i * S, count - 1) * static_cast<int>(x.stride)];
+        }
     }
 };
 
@@ -184,6 +192,24 @@ __device__ inline float softplus_fast(float x) {
     p = fmaf(p, q, 6.666667903e-01f);
     p = fmaf(p, q, 2.000000000e+00f);
     return fmaf(p, s, fmaxf(x, 0.0f));
+}
+// dt of a tile's pairs: 0 past the end.
+template <int K, int S>
+__device__ inline void steps_of(float (&dt)[Block<K, S>::kPairs], const PairTile<float, K, S>& delta,
+                                float bias, bool with_softplus, int count) {
+    constexpr int kPairs = Block<K, S>::kPairs;
+    const int first = static_cast<int>(threadIdx.x) / Block<K, S>::kChannels;
+    if (with_softplus) {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) dt[i] = softplus_fast(delta.at[i] + bias);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) dt[i] = delta.at[i] + bias;
+    }
+    if (count >= kTile) return;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+        if (first + i * S >= count) dt[i] = 0.0f;
 }
 __device__ inline float step_of(float delta, float bias, bool with_softplus) {
     return with_softplus ? softplus_fast(delta + bias) : delta + bias;
