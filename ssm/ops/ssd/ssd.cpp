@@ -12,7 +12,7 @@ struct Sizes {
 // Everything but cu_seqlens and states, which ssd_step ignores.
 template <class T>
 Sizes check_inputs(std::string_view op, const Exec& ex, const SsdInputs<T>& in) {
-    if (ex.device != Device::cpu) fail(ErrorCode::unsupported, op, "there is no CUDA kernel yet");
+    require_device(op, ex);
     require(static_cast<bool>(in.x) || in.x.shape[0] == 0, op, "`x` is absent");
     require(static_cast<bool>(in.B) || in.B.shape[0] == 0, op, "`B` is absent");
     const Sizes z{in.x.shape[0], in.x.shape[1], in.x.shape[2], in.B.shape[1], in.B.shape[2]};
@@ -62,6 +62,10 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
     require_shape_if("ssd", "final_state", "s h p n", final_state, {s, z.h, z.p, z.n});
     require_shape_if("ssd", "chunk_states", "chunks h p n", chunk_states,
                      {ssd_chunks(in.cu_seqlens, options.chunk), z.h, z.p, z.n});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::ssd<T>(ex, in, y, final_state, chunk_states, options.chunk);
+    }
     cpu::ssd<T>(ex, in, y, final_state, chunk_states, options.chunk);
 }
 
@@ -92,6 +96,10 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
         require_shape(op, "grad.dt_bias", "h", grad.dt_bias, {z.h});
     }
     require_shape_if(op, "grad.initial_state", "s h p n", grad.initial_state, {s, z.h, z.p, z.n});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda)
+            return cuda::ssd_backward<T>(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
+    }
     cpu::ssd_backward<T>(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
 }
 
@@ -101,6 +109,9 @@ void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View
     if (z.t == 0) return;
     require_shape("ssd_step", "state", "s h p n", state, {z.t, z.h, z.p, z.n});
     require_shape("ssd_step", "y", "s h p", y, {z.t, z.h, z.p});
+    if constexpr (kHasCuda) {
+        if (ex.device == Device::cuda) return cuda::ssd_step<T>(ex, in, state, y);
+    }
     cpu::ssd_step<T>(ex, in, state, y);
 }
 

@@ -52,3 +52,17 @@ template <class T>
 void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
 
 }  // namespace ssm::cpu
+
+namespace ssm::cuda {
+
+template <class T>
+void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> final_state,
+         View<float, 4> chunk_states, int64_t chunk);
+template <class T>
+void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
+                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
+                  const SsdGradients& grad, int64_t chunk);
+template <class T>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
+
+}  // namespace ssm::cuda

@@ -473,10 +473,11 @@ TEST_F(SsdErrors, BackwardAndStep) {
 }
 
 TEST_F(SsdErrors, NoKernelForThatDevice) {
+    if (kHasCuda) GTEST_SKIP() << "this build has CUDA kernels";
     Exec ex = make_cpu_exec(1);
     ex.device = Device::cuda;
     EXPECT_EQ(message_of([&] { ssd<float>(ex, in_, y_view_, state_view_, {}, {}); }),
-              "[ssd] there is no CUDA kernel yet");
+              "[ssd] this build has no CUDA kernels");
 }
 
 }  // namespace

@@ -1,0 +1,297 @@
+// The CUDA kernels against the f64 reference and the CPU operator; outputs start as NaN, gradients at
+// kGradientStart; rows lie apart and begin at odd addresses where the case has padding.
+#include <gtest/gtest.h>
+
+#include "ssm/ops/ssd/ssd_run_reference.h"
+#include "tests/support/cuda.h"
+
+namespace ssm {
+namespace {
+
+using namespace ssm::test;
+
+// A view of host memory as one of the device's, its row stride kept, and its misalignment where rows lie
+// an odd width apart.
+class Mover {
+public:
+    explicit Mover(const SsdCase& c) : aligned_(c.padding % 8 == 0) {}
+    template <class T, int R>
+    View<T, R> operator()(const View<T, R>& v) {
+        using Plain = std::remove_const_t<T>;
+        if (!v) return v;
+        const int64_t rows = v.shape[0], row = v.row_size(), count = rows ? (rows - 1) * v.stride + row : 0;
+        const int64_t odd =
+            aligned_ ? 0 : static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.data) / sizeof(T) % 8);
+        std::vector<Plain> values(static_cast<size_t>(odd + count), static_cast<Plain>(NAN));
+        for (int64_t i = 0; i < rows; ++i)
+            std::copy(v.row(i), v.row(i) + row, values.begin() + odd + i * v.stride);
+        tensors_.push_back(on_device(values, {odd + count}));
+        return {reinterpret_cast<T*>(tensors_.back().raw()) + odd, v.shape, v.stride};
+    }
+    // All that belongs to a moved view, to the same view of host memory.
+    template <class T, int R>
+    void back(const View<T, R>& there, const View<T, R>& here) {
+        for (const Tensor& t : tensors_) {
+            const T* const base = reinterpret_cast<T*>(t.raw());
+            if (there.data < base || there.data >= base + t.size()) continue;
+            const std::vector<T> values = from_device<T>(t);
+            std::copy(values.begin() + (there.data - base), values.end(), here.data);
+        }
+    }
+
+private:
+    bool aligned_;
+    std::vector<Tensor> tensors_;
+};
+
+template <class T>
+SsdInputs<T> moved(Mover& move, SsdInputs<T> in) {
+    in.x = move(in.x);
+    in.dt = move(in.dt);
+    in.A = move(in.A);
+    in.B = move(in.B);
+    in.C = move(in.C);
+    in.D = move(in.D);
+    in.dt_bias = move(in.dt_bias);
+    in.initial_state = move(in.initial_state);
+    return in;
+}
+
+template <class T>
+Outputs<T> run_cuda(const SsdCase& c, SsdInputs<T> in, int64_t chunk) {
+    Mover move(c);
+    in = moved(move, in);
+    StridedRows<T> y(c.t(), c.h * c.p, c.padding);
+    const int64_t chunks = ssd_chunks(c.cu_seqlens, chunk);
+    Outputs<T> o{{}, nan_vector(c.s() * state_size(c)), nan_vector(chunks * state_size(c))};
+    const auto y_here = y.template view<T, 3>({c.t(), c.h, c.p});
+    const View<float, 4> final_here(o.final_state.data(), {c.s(), c.h, c.p, c.n}),
+        chunks_here(o.chunk_states.data(), {chunks, c.h, c.p, c.n});
+    const auto y_there = move(y_here);
+    const View<float, 4> final_there = move(final_here), chunks_there = move(chunks_here);
+    ssd<T>(cuda_exec(), in, y_there, final_there, chunks_there, {.chunk = chunk});
+    move.back(y_there, y_here);
+    move.back(final_there, final_here);
+    move.back(chunks_there, chunks_here);
+    EXPECT_TRUE(y.padding_intact());
+    o.y = y.dense();
+    return o;
+}
+
+std::vector<SsdCase> shapes() {
+    return {
+        {.h = 2, .p = 3, .g = 1, .n = 4, .padding = 5},
+        {.h = 6, .p = 8, .g = 2, .n = 16},
+        {.h = 3, .p = 17, .g = 3, .n = 33, .initial_state = false, .D_width = 17, .padding = 1},
+        {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
+        {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
+        {.h = 1, .p = 65, .g = 1, .n = 15},
+        {.h = 2, .p = 129, .g = 2, .n = 127, .D_width = 129, .padding = 8},
+        {.h = 4, .p = 64, .g = 1, .n = 64, .D_width = 64, .padding = 16},
+    };
+}
+
+std::string name_of(const SsdCase& c) { return fmt::format("h {} p {} g {} n {}", c.h, c.p, c.g, c.n); }
+
+template <class T>
+void expect_reference(const SsdCase& c, int64_t chunk, uint64_t seed) {
+    SsdArguments<T> arguments(c, random_ssd(c, seed));
+    const Outputs<T> o = run_cuda<T>(c, arguments.inputs(), chunk),
+                     on_cpu = run<T>(c, arguments.inputs(), chunk);
+    const SsdResult r = reference_ssd(c, arguments.values());
+    constexpr bool kExact = std::is_same_v<T, float>;
+    expect_close(o.y, r.y, kExact ? 1e-5 : 1e-2, "y");
+    expect_close(o.final_state, r.final_state, kExact ? 1e-5 : 3e-3, "final_state");
+    expect_close(o.chunk_states, to_double(on_cpu.chunk_states), kExact ? 1e-5 : 5e-3, "chunk_states");
+}
+
+TEST(SsdCuda, MatchesReference) {
+    for (SsdCase c : shapes()) {
+        for (const int64_t l : {0, 1, 31, 63, 64, 65, 200}) {
+            c.cu_seqlens = {0, l};
+            SCOPED_TRACE(name_of(c) + fmt::format(" l {}", l));
+            expect_reference<float>(c, 64, 1);
+            expect_reference<bf16>(c, 64, 2);
+        }
+    }
+}
+
+TEST(SsdCuda, SeveralSequencesAndChunkSizes) {
+    for (SsdCase c : shapes()) {
+        c.cu_seqlens = {0, 0, 5, 5, 41, 42, 198, 198};
+        for (const int64_t chunk : {1, 16, 37, 64, 100, 1000}) {
+            SCOPED_TRACE(name_of(c) + fmt::format(" chunk {}", chunk));
+            expect_reference<float>(c, chunk, 3);
+            expect_reference<bf16>(c, chunk, 4);
+        }
+    }
+}
+
+// More sequences than fit a kernel's parameters.
+TEST(SsdCuda, ManySequences) {
+    SsdCase c{.h = 2, .p = 5, .g = 2, .n = 3};
+    for (int64_t i = 0; i < 100; ++i) c.cu_seqlens.push_back(c.cu_seqlens.back() + i % 7);
+    expect_reference<float>(c, 4, 5);
+}
+
+TEST(SsdCuda, ExtremeDecays) {
+    for (const float A : {-1000.0f, -30.0f, -1e-6f}) {
+        SsdCase c{.h = 2, .p = 16, .g = 1, .n = 16, .cu_seqlens = {0, 300}};
+        SsdValues<float> v = random_ssd(c, 7);
+        v.A = {A, 0.5f * A};
+        SsdArguments<float> arguments(c, v);
+        const Outputs<float> o = run_cuda<float>(c, arguments.inputs(), 128);
+        const SsdResult r = reference_ssd(c, arguments.values());
+        expect_close(o.y, r.y, 1e-5, "y");
+        expect_close(o.final_state, r.final_state, 1e-5, "final_state");
+    }
+}
+
+// A step of many sequences equals one-token sequences, each with its own state.
+template <class T>
+void expect_step(SsdCase c) {
+    SCOPED_TRACE(name_of(c));
+    c.cu_seqlens = {0, 1, 2, 3};
+    c.initial_state = true;
+    SsdArguments<T> arguments(c, random_ssd(c, 10));
+    const SsdResult r = reference_ssd(c, arguments.values());
+    const SsdInputs<T> in = arguments.inputs();
+    const auto* initial = in.initial_state.data;
+    StridedRows<float> state(std::vector<float>(initial, initial + in.initial_state.size()), 3, c.padding);
+    StridedRows<T> y(3, c.h * c.p, c.padding);
+    Mover move(c);
+    const auto state_here = state.template view<float, 4>({3, c.h, c.p, c.n}), state_there = move(state_here);
+    const auto y_here = y.template view<T, 3>({3, c.h, c.p}), y_there = move(y_here);
+    ssd_step<T>(cuda_exec(), moved(move, in), state_there, y_there);
+    move.back(state_there, state_here);
+    move.back(y_there, y_here);
+    EXPECT_TRUE(state.padding_intact() && y.padding_intact());
+    expect_close(y.dense(), r.y, std::is_same_v<T, float> ? 1e-5 : 1e-2, "y");
+    expect_close(state.dense(), r.final_state, 1e-5, "state");
+}
+
+TEST(SsdCuda, Step) {
+    for (const SsdCase& c : shapes()) {
+        expect_step<float>(c);
+        expect_step<bf16>(c);
+    }
+}
+
+template <class T>
+Gradients run_backward_cuda(const SsdCase& c, const SsdInputs<T>& host,
+                            const std::vector<float>& chunk_states, const std::vector<float>& grad_y,
+                            const std::vector<float>& grad_final, int64_t chunk) {
+    Mover move(c);
+    const SsdInputs<T> in = moved(move, host);
+    const auto start = [](int64_t count) {
+        return std::vector<float>(static_cast<size_t>(count), kGradientStart);
+    };
+    Gradients g{start(c.t() * c.h * c.p), start(c.t() * c.h),     start(c.h), start(c.t() * c.g * c.n),
+                start(c.t() * c.g * c.n), start(c.h * c.D_width), start(c.h), start(c.s() * state_size(c))};
+    SsdGradients here;
+    here.x = {g.x.data(), {c.t(), c.h, c.p}};
+    here.dt = {g.dt.data(), {c.t(), c.h}};
+    here.A = {g.A.data(), {c.h}};
+    here.B = {g.B.data(), {c.t(), c.g, c.n}};
+    here.C = {g.C.data(), {c.t(), c.g, c.n}};
+    if (c.D_width > 0) here.D = {g.D.data(), {c.h, c.D_width}};
+    if (c.dt_bias) here.dt_bias = {g.dt_bias.data(), {c.h}};
+    here.initial_state = {g.initial_state.data(), {c.s(), c.h, c.p, c.n}};
+    const SsdGradients v{move(here.x), move(here.dt), move(here.A),       move(here.B),
+                         move(here.C), move(here.D),  move(here.dt_bias), move(here.initial_state)};
+    View<const float, 4> grad_state;
+    if (!grad_final.empty()) grad_state = {grad_final.data(), {c.s(), c.h, c.p, c.n}};
+    const View<const float, 4> states(chunk_states.data(), {ssd_chunks(c.cu_seqlens, chunk), c.h, c.p, c.n});
+    ssd_backward<T>(cuda_exec(), in, move(states),
+                    move(View<const float, 3>(grad_y.data(), {c.t(), c.h, c.p})), move(grad_state), v,
+                    {.chunk = chunk});
+    move.back(v.x, here.x);
+    move.back(v.dt, here.dt);
+    move.back(v.A, here.A);
+    move.back(v.B, here.B);
+    move.back(v.C, here.C);
+    move.back(v.D, here.D);
+    move.back(v.dt_bias, here.dt_bias);
+    move.back(v.initial_state, here.initial_state);
+    for (std::vector<float>* f : {&g.x, &g.dt, &g.A, &g.B, &g.C, &g.D, &g.dt_bias, &g.initial_state})
+        *f = added(std::move(*f));
+    return g;
+}
+
+template <class T>
+void expect_gradients(const SsdCase& c, int64_t chunk, uint64_t seed, bool grad_final) {
+    SCOPED_TRACE(name_of(c) + fmt::format(" chunk {} of {}", chunk, c.t()));
+    SsdArguments<T> arguments(c, random_ssd(c, seed));
+    Random random(seed + 1);
+    const std::vector<float> grad_y = random.vector(c.t() * c.h * c.p);
+    const std::vector<float> grad_state =
+        grad_final ? random.vector(c.s() * state_size(c)) : std::vector<float>();
+    const Outputs<T> o = run<T>(c, arguments.inputs(), chunk);
+    const SsdInputs<T> in = arguments.inputs();
+    const Gradients g = run_backward_cuda<T>(c, in, o.chunk_states, grad_y, grad_state, chunk);
+    const Gradients r = run_backward<T>(c, in, o.chunk_states, grad_y, grad_state, chunk);
+    constexpr double kTolerance = std::is_same_v<T, float> ? 2e-5 : 2e-2;
+    expect_close(g.x, to_double(r.x), kTolerance, "x");
+    expect_close(g.dt, to_double(r.dt), kTolerance, "dt");
+    expect_close(g.A, to_double(r.A), kTolerance, "A");
+    expect_close(g.B, to_double(r.B), kTolerance, "B");
+    expect_close(g.C, to_double(r.C), kTolerance, "C");
+    expect_close(g.D, to_double(r.D), kTolerance, "D");
+    expect_close(g.dt_bias, to_double(r.dt_bias), kTolerance, "dt_bias");
+    expect_close(g.initial_state, to_double(r.initial_state), kTolerance, "initial_state");
+    const Gradients again = run_backward_cuda<T>(c, in, o.chunk_states, grad_y, grad_state, chunk);
+    EXPECT_TRUE(again.B == g.B && again.C == g.C && again.A == g.A && again.D == g.D && again.dt == g.dt &&
+                again.dt_bias == g.dt_bias && again.x == g.x);
+}
+
+TEST(SsdCuda, Gradients) {
+    for (SsdCase c : shapes()) {
+        for (const int64_t l : {1, 63, 64, 65, 300}) {
+            c.cu_seqlens = {0, l};
+            expect_gradients<float>(c, 64, 20, l != 63);
+            expect_gradients<bf16>(c, 64, 21, l != 64);
+        }
+        c.cu_seqlens = {0, 9, 9, 10, 180, 180};
+        for (const int64_t chunk : {8, 64, 100}) {
+            expect_gradients<float>(c, chunk, 22, true);
+            expect_gradients<bf16>(c, chunk, 23, true);
+        }
+    }
+}
+
+// Absent gradients are not computed; of no tokens only the states' gradients pass through.
+TEST(SsdCuda, AbsentGradientsAndNoTokens) {
+    SsdCase c{.h = 4, .p = 8, .g = 2, .n = 16, .cu_seqlens = {0, 0}};
+    expect_gradients<float>(c, 64, 30, true);
+    c.cu_seqlens = {0, 80};
+    SsdArguments<float> arguments(c, random_ssd(c, 31));
+    const SsdInputs<float> host = arguments.inputs();
+    const Outputs<float> o = run<float>(c, host, 64);
+    const std::vector<float> grad_y = Random(32).vector(c.t() * c.h * c.p);
+    const Gradients all = run_backward<float>(c, host, o.chunk_states, grad_y, {}, 64);
+    Mover move(c);
+    std::vector<float> grad_A(static_cast<size_t>(c.h), kGradientStart);
+    SsdGradients only;
+    const View<float, 1> here(grad_A.data(), {c.h});
+    only.A = move(here);
+    ssd_backward<float>(cuda_exec(), moved(move, host),
+                        move(View<const float, 4>(o.chunk_states.data(), {2, c.h, c.p, c.n})),
+                        move(View<const float, 3>(grad_y.data(), {c.t(), c.h, c.p})), {}, only);
+    move.back(only.A, here);
+    expect_close(added(grad_A), to_double(all.A), 2e-5, "A");
+}
+
+TEST(SsdCuda, AStateTooWideIsRefused) {
+    SsdCase c{.h = 1, .p = 2, .g = 1, .n = 129, .cu_seqlens = {0, 1}};
+    SsdArguments<float> arguments(c, random_ssd(c, 1));
+    std::string message;
+    try {
+        run_cuda<float>(c, arguments.inputs(), 64);
+    } catch (const Error& error) {
+        message = error.what();
+    }
+    EXPECT_EQ(message, "[ssd] on CUDA n may be at most 128 but is 129");
+}
+
+}  // namespace
+}  // namespace ssm
