@@ -5,7 +5,11 @@
 namespace ssm::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // a warp owns 16 of the 64 tokens and 16 of the 64 elements of the head
+// Warp w owns the tokens, and in the state the elements of the head, 16 (w % 4) .. and one half, w / 4, of
+// the columns of each product.
+constexpr int kThreads = 256;
+__device__ inline int own_row() { return static_cast<int>(threadIdx.x) / kWarp % 4 * 16; }
+__device__ inline int own_half() { return static_cast<int>(threadIdx.x) / kWarp / 4; }
 
 template <class T>
 struct ForwardParams {
@@ -14,14 +18,26 @@ struct ForwardParams {
     View<float, 4> final_state, chunk_states;
     Sequences sequences, first;  // tokens, and saved chunks, of each sequence
     int64_t chunk, ptiles;
-    bool packed_x, packed_B, packed_C, packed_y;
+    bool packed_x, packed_B, packed_C, packed_y;  // for 16 bytes; y: for pairs
 };
 
 template <class T, int N>
-struct ForwardTiles {
-    T x[kQ * (kP + kPad)], B[kQ * (N + kPad)], C[kQ * (N + kPad)], S[kP * (N + kPad)];
+struct InputTile {
+    T x[kQ * (kP + kPad)], B[kQ * (N + kPad)], C[kQ * (N + kPad)];
     Decays d;
     float w[kQ];  // dt times the decay to the chunk's end
+};
+// One tile is used while the next one arrives.
+template <class T, int N>
+struct ForwardTiles {
+    InputTile<T, N> in[2];
+    T S[kP * (N + kPad)];
+};
+
+// 64 tokens at most, within one chunk.
+struct Span {
+    int64_t begin, chunk_end;
+    int length;
 };
 
 // What a block works on.
@@ -45,25 +61,25 @@ __device__ Head head_of_block(const SsdInputs<T>& in, int64_t ptiles) {
 
 // The warp's 16 rows of a state [p n] in memory; outside of it 0 is read and nothing written.
 template <int N>
-__device__ void read_state(Sum (&S)[N / 16], const float* from, const Head& a) {
-    const int row = threadIdx.x / kWarp * 16;
+__device__ void read_state(Sum (&S)[N / 32], const float* from, const Head& a) {
+    const int row = own_row();
 #pragma unroll
-    for (int b = 0; b < N / 16; ++b) {
+    for (int b = 0; b < N / 32; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int i = row + row_of(e), j = 16 * b + column_of(e);
+            const int i = row + row_of(e), j = own_half() * (N / 2) + 16 * b + column_of(e);
             S[b].v[e] = i < a.columns && j < a.n ? from[i * a.n + j] : 0.0f;
         }
     }
 }
 template <int N>
-__device__ void write_state(float* to, const Sum (&S)[N / 16], const Head& a) {
-    const int row = threadIdx.x / kWarp * 16;
+__device__ void write_state(float* to, const Sum (&S)[N / 32], const Head& a) {
+    const int row = own_row();
 #pragma unroll
-    for (int b = 0; b < N / 16; ++b) {
+    for (int b = 0; b < N / 32; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; e += 2) {
-            const int i = row + row_of(e), j = 16 * b + column_of(e);
+            const int i = row + row_of(e), j = own_half() * (N / 2) + 16 * b + column_of(e);
             if (i >= a.columns || j >= a.n) continue;
             if (a.n % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
                 store_pack(to + i * a.n + j, Pack<float, 2>{{S[b].v[e], S[b].v[e + 1]}});
@@ -75,11 +91,12 @@ __device__ void write_state(float* to, const Sum (&S)[N / 16], const Head& a) {
     }
 }
 
-// The warp's 16 tokens of y = exp(l) C S^T + M X, M = exp(l_i - l_j) dt_j C B^T below and on the diagonal.
+// The warp's block of y = exp(l) C S^T + M X, M = exp(l_i - l_j) dt_j C B^T below and on the diagonal. Both
+// halves make M for themselves: cheaper than passing it on.
 template <class T, int N>
-__device__ void outputs(Sum (&Y)[kP / 16], const ForwardTiles<T, N>& m) {
+__device__ void outputs(Sum (&Y)[2], const InputTile<T, N>& m, const T* S) {
     constexpr int kLdN = N + kPad, kLdP = kP + kPad;
-    const int block = threadIdx.x / kWarp, row = 16 * block;
+    const int row = own_row(), block = row / 16, column = 32 * own_half();
     Sum G[kQ / 16];
 #pragma unroll
     for (int k = 0; k < N; k += 16) {
@@ -88,12 +105,12 @@ __device__ void outputs(Sum (&Y)[kP / 16], const ForwardTiles<T, N>& m) {
         for (int b = 0; b < kQ / 16; ++b)
             if (b <= block) multiply(G[b], C, right<false>(m.B, kLdN, k, 16 * b));
 #pragma unroll
-        for (int b = 0; b < kP / 16; ++b) multiply(Y[b], C, right<false>(m.S, kLdN, k, 16 * b));
+        for (int b = 0; b < 2; ++b) multiply(Y[b], C, right<false>(S, kLdN, k, column + 16 * b));
     }
     const float l[2] = {m.d.l[row + row_of(0)], m.d.l[row + row_of(2)]};
     const float decay[2] = {__expf(l[0]), __expf(l[1])};
 #pragma unroll
-    for (int b = 0; b < kP / 16; ++b) {
+    for (int b = 0; b < 2; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) Y[b].v[e] *= decay[e / 2 % 2];
     }
@@ -108,76 +125,85 @@ __device__ void outputs(Sum (&Y)[kP / 16], const ForwardTiles<T, N>& m) {
         }
         const Left<T> M = as_left<T>(G[b]);
 #pragma unroll
-        for (int c = 0; c < kP / 16; ++c) multiply(Y[c], M, right<true>(m.x, kLdP, 16 * b, 16 * c));
+        for (int c = 0; c < 2; ++c) multiply(Y[c], M, right<true>(m.x, kLdP, 16 * b, column + 16 * c));
     }
 }
 
-// y + D x through the warp's own rows of `stage` (those of C, which no other warp reads) to memory.
+// y + D x to memory, a lane's pairs.
 template <class T>
-__device__ void write_y(const ForwardParams<T>& p, const Head& a, Sum (&Y)[kP / 16], T* stage, int ld,
-                        const T* x, int64_t begin, int length) {
-    const int row = threadIdx.x / kWarp * 16;
+__device__ void write_y(const ForwardParams<T>& p, const Head& a, const Sum (&Y)[2], const T* x,
+                        const Span& span) {
     const View<const float, 2>& D = p.in.D;
+    T* const to = p.y.data + span.begin * p.y.stride + a.h * p.in.x.shape[2] + a.p0;
 #pragma unroll
-    for (int b = 0; b < kP / 16; ++b) {
+    for (int b = 0; b < 2; ++b) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const int j = 16 * b + column_of(e);
-            if (D.data != nullptr && j < a.columns) {
-                const float scale = D.data[a.h * D.stride + (D.shape[1] == 1 ? 0 : a.p0 + j)];
-                Y[b].v[e] += scale * to_float(x[(row + row_of(e)) * (kP + kPad) + j]);
+        for (int e = 0; e < 8; e += 2) {
+            const int i = own_row() + row_of(e), j = 32 * own_half() + 16 * b + column_of(e);
+            if (i >= span.length || j >= a.columns) continue;
+            Pack<T, 2> v;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                float y = Y[b].v[e + k];
+                if (D.data != nullptr && j + k < a.columns)
+                    y += D.data[a.h * D.stride + (D.shape[1] == 1 ? 0 : a.p0 + j + k)] *
+                         to_float(x[i * (kP + kPad) + j + k]);
+                v.at[k] = from_float<T>(y);
             }
-        }
-        store(stage + row * ld + 16 * b, ld, Y[b]);
-    }
-    __syncwarp();
-    constexpr int kPack = 16 / sizeof(T);
-    T* const to = p.y.data + begin * p.y.stride + a.h * p.in.x.shape[2] + a.p0;
-    const int lane = threadIdx.x % kWarp, step = p.packed_y ? kPack : 1, steps = kP / step;
-    for (int i = lane; i < 16 * steps; i += kWarp) {
-        const int r = row + i / steps, j = i % steps * step;
-        if (r >= length || j >= a.columns) continue;
-        if (p.packed_y) {
-            store_pack(to + r * p.y.stride + j, load_pack<kPack>(stage + r * ld + j));
-        } else {
-            to[r * p.y.stride + j] = stage[r * ld + j];
+            if (p.packed_y) {
+                store_pack(to + i * p.y.stride + j, v);
+            } else {
+                to[i * p.y.stride + j] = v.at[0];
+                if (j + 1 < a.columns) to[i * p.y.stride + j + 1] = v.at[1];
+            }
         }
     }
 }
 
 // S = exp(l_q) S + sum_j w_j x_j B_j^T.
 template <class T, int N>
-__device__ void advance(Sum (&S)[N / 16], const ForwardTiles<T, N>& m, int length) {
-    const int row = threadIdx.x / kWarp * 16;
+__device__ void advance(Sum (&S)[N / 32], const InputTile<T, N>& m, int length) {
     const float decay = __expf(m.d.l[kQ - 1]);
 #pragma unroll
-    for (int b = 0; b < N / 16; ++b) {
+    for (int b = 0; b < N / 32; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) S[b].v[e] *= decay;
     }
     for (int k = 0; k < length; k += 16) {
-        Left<T> x = left<true>(m.x, kP + kPad, row, k);
+        Left<T> x = left<true>(m.x, kP + kPad, own_row(), k);
         scale_columns(x, m.w + k);
 #pragma unroll
-        for (int b = 0; b < N / 16; ++b) multiply(S[b], x, right<true>(m.B, N + kPad, k, 16 * b));
+        for (int b = 0; b < N / 32; ++b)
+            multiply(S[b], x, right<true>(m.B, N + kPad, k, own_half() * (N / 2) + 16 * b));
     }
 }
 
 template <class T, int N>
-__device__ void load_inputs(ForwardTiles<T, N>& m, const ForwardParams<T>& p, const Head& a, int64_t t,
-                            int length) {
+__device__ void fetch(InputTile<T, N>& m, const ForwardParams<T>& p, const Head& a, const Span& span) {
     const SsdInputs<T>& in = p.in;
-    load_tile<kQ, kP, kThreads>(m.x, in.x.data + t * in.x.stride + a.h * in.x.shape[2] + a.p0, in.x.stride,
-                                length, a.columns, p.packed_x);
-    load_tile<kQ, N, kThreads>(m.B, in.B.data + t * in.B.stride + a.group * a.n, in.B.stride, length, a.n,
-                               p.packed_B);
-    load_tile<kQ, N, kThreads>(m.C, in.C.data + t * in.C.stride + a.group * a.n, in.C.stride, length, a.n,
-                               p.packed_C);
-    if (threadIdx.x < kWarp) {
-        make_decays(m.d, in, t, length, a.h);
-        __syncwarp();
-        for (int j = threadIdx.x; j < kQ; j += kWarp) m.w[j] = m.d.dt[j] * __expf(m.d.l[kQ - 1] - m.d.l[j]);
-    }
+    const int64_t t = span.begin;
+    copy_tile<kQ, kP, kThreads>(m.x, in.x.data + t * in.x.stride + a.h * in.x.shape[2] + a.p0, in.x.stride,
+                                span.length, a.columns, p.packed_x);
+    copy_tile<kQ, N, kThreads>(m.B, in.B.data + t * in.B.stride + a.group * a.n, in.B.stride, span.length,
+                               a.n, p.packed_B);
+    copy_tile<kQ, N, kThreads>(m.C, in.C.data + t * in.C.stride + a.group * a.n, in.C.stride, span.length,
+                               a.n, p.packed_C);
+}
+
+// By one warp.
+template <class T, int N>
+__device__ void make_weights(InputTile<T, N>& m, const ForwardParams<T>& p, float2 raw, int length,
+                             int64_t h) {
+    make_decays(m.d, p.in, raw, length, h);
+    __syncwarp();
+    for (int j = threadIdx.x % kWarp; j < kQ; j += kWarp)
+        m.w[j] = m.d.dt[j] * __expf(m.d.l[kQ - 1] - m.d.l[j]);
+}
+
+// The tokens at `t` of a sequence that ends at `end`; `chunk_end`: of the tokens before.
+__device__ inline Span span_at(int64_t t, int64_t chunk_end, int64_t end, int64_t chunk) {
+    if (t == chunk_end) chunk_end = min(end, t + chunk);
+    return {t, chunk_end, static_cast<int>(min(chunk_end - t, static_cast<int64_t>(kQ)))};
 }
 
 template <class T, int N>
@@ -186,30 +212,42 @@ __global__ void __launch_bounds__(kThreads) Forward(const __grid_constant__ Forw
     auto& m = *reinterpret_cast<ForwardTiles<T, N>*>(memory);
     const Head a = head_of_block(p.in, p.ptiles);
     const int64_t begin = p.sequences.offset(a.s), end = p.sequences.offset(a.s + 1);
-    Sum S[N / 16];
+    const bool decays = threadIdx.x < kWarp;
+    Sum S[N / 32];
     if (p.in.initial_state.data != nullptr)
         read_state<N>(S, p.in.initial_state.data + a.s * p.in.initial_state.stride + a.state_at, a);
-    int64_t saved = p.first.offset(a.s), chunk_begin = begin;
-    for (int64_t t = begin; t < end;) {
-        const int64_t chunk_end = min(end, chunk_begin + p.chunk);
-        const int length = static_cast<int>(min(chunk_end - t, static_cast<int64_t>(kQ)));
-        __syncthreads();  // the last tile is read
-        load_inputs(m, p, a, t, length);
+    int64_t saved = p.first.offset(a.s);
+    Span span = span_at(begin, begin, end, p.chunk);
+    bool chunk_begins = true;
+    fetch(m.in[0], p, a, span);
+    if (decays) make_weights(m.in[0], p, raw_pair(p.in, begin, span.length, a.h), span.length, a.h);
+    for (int now = 0; span.length > 0; now = 1 - now) {
 #pragma unroll
-        for (int b = 0; b < N / 16; ++b)
-            store(m.S + threadIdx.x / kWarp * 16 * (N + kPad) + 16 * b, N + kPad, S[b]);
-        if (t == chunk_begin && p.chunk_states.data != nullptr)
-            write_state<N>(p.chunk_states.data + saved * p.chunk_states.stride + a.state_at, S, a);
+        for (int b = 0; b < N / 32; ++b)
+            store(m.S + own_row() * (N + kPad) + own_half() * (N / 2) + 16 * b, N + kPad, S[b]);
+        if (chunk_begins && p.chunk_states.data != nullptr)
+            write_state<N>(p.chunk_states.data + saved++ * p.chunk_states.stride + a.state_at, S, a);
+        wait_copies();
         __syncthreads();
-        if (p.y.data != nullptr) {
-            Sum Y[kP / 16];
-            outputs<T, N>(Y, m);
-            write_y<T>(p, a, Y, m.C, N + kPad, m.x, t, length);
+        const int64_t after = span.begin + span.length;
+        const Span next = span_at(after, span.chunk_end, end, p.chunk);
+        float2 raw{};
+        if (next.length > 0) {
+            fetch(m.in[1 - now], p, a, next);
+            if (decays) raw = raw_pair(p.in, next.begin, next.length, a.h);
         }
-        advance<T, N>(S, m, length);
-        t += length;
-        if (t == chunk_end) chunk_begin = t, ++saved;
+        if (p.y.data != nullptr) {
+            Sum Y[2];
+            outputs<T, N>(Y, m.in[now], m.S);
+            write_y<T>(p, a, Y, m.in[now].x, span);
+        }
+        advance<T, N>(S, m.in[now], span.length);
+        if (decays) make_weights(m.in[1 - now], p, raw, next.length, a.h);
+        chunk_begins = after == span.chunk_end;
+        span = next;
+        __syncthreads();  // this tile and S are read
     }
+    wait_copies();
     if (p.final_state.data != nullptr)
         write_state<N>(p.final_state.data + a.s * p.final_state.stride + a.state_at, S, a);
 }
@@ -278,7 +316,7 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
     p.packed_x = packed16(in.x.data, in.x.stride, in.x.shape);
     p.packed_B = packed16(in.B.data, in.B.stride, in.B.shape);
     p.packed_C = packed16(in.C.data, in.C.stride, in.C.shape);
-    p.packed_y = packed16(y.data, y.stride, y.shape);
+    p.packed_y = packable(y.data, y.stride, 2) && y.shape[2] % 2 == 0;
     if (in.B.shape[2] <= 64) {
         launch_forward<T, 64>(ex, p);
     } else {

@@ -32,8 +32,9 @@ public:
     template <class T, int R>
     void back(const View<T, R>& there, const View<T, R>& here) {
         for (const Tensor& t : tensors_) {
-            const T* const base = reinterpret_cast<T*>(t.raw());
-            if (there.data < base || there.data >= base + t.size()) continue;
+            const auto* const base = reinterpret_cast<const T*>(t.raw());
+            const auto* const at = reinterpret_cast<const std::byte*>(there.data);
+            if (at < t.raw() || at >= t.raw() + t.bytes()) continue;
             const std::vector<T> values = from_device<T>(t);
             std::copy(values.begin() + (there.data - base), values.end(), here.data);
         }

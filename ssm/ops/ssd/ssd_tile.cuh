@@ -216,6 +216,27 @@ __device__ inline void load_tile(E* to, const T* from, int64_t stride, int rows,
     }
 }
 
+// The same without waiting: by asynchronous copies where rows are packed; wait_copies() and a barrier before
+// use.
+template <int kRows, int kColumns, int kThreads, class T>
+__device__ inline void copy_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
+    if (!packed) return load_tile<kRows, kColumns, kThreads>(to, from, stride, rows, columns, false);
+    constexpr int kLd = kColumns + kPad, kPack = 16 / sizeof(T), kPacks = kColumns / kPack;
+    static_assert(kRows * kPacks % kThreads == 0);
+#pragma unroll
+    for (int k = 0; k < kRows * kPacks / kThreads; ++k) {
+        const int i = static_cast<int>(threadIdx.x) + k * kThreads, row = i / kPacks,
+                  column = i % kPacks * kPack;
+        const bool inside = row < rows && column < columns;
+        const T* source = inside ? from + row * stride + column : from;
+        const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(to + row * kLd + column));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+                     "r"(inside ? 16 : 0)
+                     : "memory");
+    }
+}
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Time steps of a tile's tokens; those from `length` on have dt 0 and the last decay sum.
 struct Decays {
     float dt[kQ], l[kQ];  // l: sums of dt A up to and with this token
@@ -228,17 +249,26 @@ __device__ inline float raw_dt(const SsdInputs<T>& in, int64_t t, int64_t h) {
 }
 __device__ inline float exact_softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 template <class T>
-__device__ inline float step_size(const SsdInputs<T>& in, int64_t t, int64_t h) {
-    const float raw = raw_dt(in, t, h);
+__device__ inline float step_of_raw(const SsdInputs<T>& in, float raw) {
     return in.dt_softplus ? fminf(fmaxf(exact_softplus(raw), in.dt_min), in.dt_max) : raw;
 }
-
-// By one warp.
 template <class T>
-__device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
+__device__ inline float step_size(const SsdInputs<T>& in, int64_t t, int64_t h) {
+    return step_of_raw(in, raw_dt(in, t, h));
+}
+
+// A lane's two raw time steps of a tile; by one warp, as are those below.
+template <class T>
+__device__ inline float2 raw_pair(const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
+    const int i = 2 * (threadIdx.x % kWarp);
+    return {i < length ? raw_dt(in, begin + i, h) : 0.0f,
+            i + 1 < length ? raw_dt(in, begin + i + 1, h) : 0.0f};
+}
+template <class T>
+__device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, float2 raw, int length, int64_t h) {
     const int lane = threadIdx.x % kWarp, i = 2 * lane;
-    const float dt0 = i < length ? step_size(in, begin + i, h) : 0.0f;
-    const float dt1 = i + 1 < length ? step_size(in, begin + i + 1, h) : 0.0f;
+    const float dt0 = i < length ? step_of_raw(in, raw.x) : 0.0f;
+    const float dt1 = i + 1 < length ? step_of_raw(in, raw.y) : 0.0f;
     const double A = in.A.data[h * in.A.stride], a0 = dt0 * A, a1 = dt1 * A;
     double sum = a0 + a1;
 #pragma unroll
@@ -250,6 +280,11 @@ __device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, int64_t be
     d.dt[i + 1] = dt1;
     d.l[i] = static_cast<float>(sum - a1);
     d.l[i + 1] = static_cast<float>(sum);
+}
+
+template <class T>
+__device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
+    make_decays(d, in, raw_pair(in, begin, length, h), length, h);
 }
 
 // ---- host
