@@ -7,7 +7,8 @@
 namespace ssm::cuda {
 namespace {
 
-constexpr int kPassThreads = 128, kThreads = 256, kLdP = kP + kPad, kLdQ = kQ + kPad;
+constexpr int kPassThreads = 256, kThreads = 512, kReduceThreads = 256, kQuarters = 4, kLdP = kP + kPad,
+              kLdQ = kQ + kPad;
 
 template <class T>
 struct BackwardParams {
@@ -41,87 +42,145 @@ __device__ int64_t state_offset(const BackwardParams<T>& a, const Part& part) {
 
 // ---- Pass
 template <class T, int N>
-struct PassTiles {
+struct PassTile {
     T grad_y[kQ * kLdP], C[kQ * (N + kPad)];
     Decays d;
     float w[kQ];  // exp(l)
 };
+template <class T, int N>
+struct PassTiles {
+    PassTile<T, N> in[2];
+};
 
-// f(element of the warp's rows of a state, its offset) for those inside.
+// f(element of the warp's block of a state, its offset) for those inside.
 template <int N, class F>
-__device__ void each_of_state(Sum (&Z)[N / 16], int rows, int64_t n, const F& f) {
-    const int row = threadIdx.x / kWarp * 16;
+__device__ void each_of_state(Sum (&Z)[N / 32], int rows, int64_t n, const F& f) {
+    const int warp = threadIdx.x / kWarp, row = warp % 4 * 16, half = warp / 4;
 #pragma unroll
-    for (int b = 0; b < N / 16; ++b) {
+    for (int b = 0; b < N / 32; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int i = row + row_of(e), j = 16 * b + column_of(e);
+            const int i = row + row_of(e), j = half * (N / 2) + 16 * b + column_of(e);
             if (i < rows && j < n) f(Z[b].v[e], i * n + j);
         }
     }
 }
 
+// A tile on its way: grad y, which is rounded on arrival, waits in registers.
+constexpr int kPacks = kQ * kP / 4 / kPassThreads;
+struct Arriving {
+    Pack<float, 4> grad_y[kPacks];
+    float2 raw;
+};
+
 template <class T, int N>
-__device__ void pass_chunk(Sum (&Z)[N / 16], PassTiles<T, N>& m, const BackwardParams<T>& a, const Part& part,
-                           int64_t t, int length) {
-    __syncthreads();  // the last tile is read
-    load_tile<kQ, kP, kPassThreads>(m.grad_y, a.grad_y.data + t * a.grad_y.stride + part.h * a.p + part.p0,
-                                    a.grad_y.stride, length, part.columns, a.packed_grad_y);
-    load_tile<kQ, N, kPassThreads>(m.C, a.in.C.data + t * a.in.C.stride + part.h / (a.heads / a.groups) * a.n,
+__device__ void send(Arriving& r, PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, int64_t t,
+                     int length) {
+    copy_tile<kQ, N, kPassThreads>(m.C, a.in.C.data + t * a.in.C.stride + part.h / (a.heads / a.groups) * a.n,
                                    a.in.C.stride, length, static_cast<int>(a.n), a.packed_C);
+    const float* from = a.grad_y.data + t * a.grad_y.stride + part.h * a.p + part.p0;
+    if (a.packed_grad_y) {
+#pragma unroll
+        for (int k = 0; k < kPacks; ++k) {
+            const int i = static_cast<int>(threadIdx.x) + k * kPassThreads, row = i / (kP / 4),
+                      column = i % (kP / 4) * 4;
+            r.grad_y[k] = {};
+            if (row < length && column < part.columns)
+                r.grad_y[k] = load_pack<4>(from + row * a.grad_y.stride + column);
+        }
+    } else {
+        load_tile<kQ, kP, kPassThreads>(m.grad_y, from, a.grad_y.stride, length, part.columns, false);
+    }
+    if (threadIdx.x < kWarp) r.raw = raw_pair(a.in, t, length, part.h);
+}
+template <class T, int N>
+__device__ void receive(const Arriving& r, PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part,
+                        int length) {
+    if (a.packed_grad_y) {
+#pragma unroll
+        for (int k = 0; k < kPacks; ++k) {
+            const int i = static_cast<int>(threadIdx.x) + k * kPassThreads, row = i / (kP / 4),
+                      column = i % (kP / 4) * 4;
+            Pack<T, 4> v;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) v.at[e] = from_float<T>(r.grad_y[k].at[e]);
+            store_pack(m.grad_y + row * kLdP + column, v);
+        }
+    }
     if (threadIdx.x < kWarp) {
-        make_decays(m.d, a.in, t, length, part.h);
+        make_decays(m.d, a.in, r.raw, length, part.h);
         __syncwarp();
         for (int j = threadIdx.x; j < kQ; j += kWarp) m.w[j] = __expf(m.d.l[j]);
     }
-    __syncthreads();
+    wait_copies();
+}
+
+// Z = exp(l_q) Z + sum_i exp(l_i) grad y_i C_i^T.
+template <class T, int N>
+__device__ void retreat(Sum (&Z)[N / 32], const PassTile<T, N>& m, int length) {
     const float decay = __expf(m.d.l[kQ - 1]);
+    const int warp = threadIdx.x / kWarp;
 #pragma unroll
-    for (int b = 0; b < N / 16; ++b) {
+    for (int b = 0; b < N / 32; ++b) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) Z[b].v[e] *= decay;
     }
     for (int k = 0; k < length; k += 16) {
-        Left<T> g = left<true>(m.grad_y, kLdP, static_cast<int>(threadIdx.x) / kWarp * 16, k);
+        Left<T> g = left<true>(m.grad_y, kLdP, warp % 4 * 16, k);
         scale_columns(g, m.w + k);
 #pragma unroll
-        for (int b = 0; b < N / 16; ++b) multiply(Z[b], g, right<true>(m.C, N + kPad, k, 16 * b));
+        for (int b = 0; b < N / 32; ++b)
+            multiply(Z[b], g, right<true>(m.C, N + kPad, k, warp / 4 * (N / 2) + 16 * b));
     }
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kPassThreads) Pass(const __grid_constant__ BackwardParams<T> a) {
+__global__ void __launch_bounds__(kPassThreads, 2) Pass(const __grid_constant__ BackwardParams<T> a) {
     extern __shared__ __align__(16) unsigned char memory[];
     auto& m = *reinterpret_cast<PassTiles<T, N>*>(memory);
     const int64_t parts = a.heads * a.ptiles, s = blockIdx.x / parts;
     const Part part = part_of(a, blockIdx.x % parts);
     const int64_t begin = a.sequences.offset(s), end = a.sequences.offset(s + 1),
                   offset = state_offset(a, part);
-    Sum Z[N / 16];
+    const int64_t first = a.first.offset(s);
+    Sum Z[N / 32];
     if (a.grad_final_state.data != nullptr) {
         const float* from = a.grad_final_state.data + s * a.grad_final_state.stride + offset;
         each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { z = from[at]; });
     }
-    for (int64_t chunk = a.first.offset(s + 1) - 1; chunk >= a.first.offset(s); --chunk) {
+    Arriving arriving;
+    const auto begin_of = [&](int64_t chunk) { return begin + (chunk - first) * a.chunk; };
+    const auto length_of = [&](int64_t chunk) {
+        return static_cast<int>(min(end - begin_of(chunk), a.chunk));
+    };
+    int64_t chunk = a.first.offset(s + 1) - 1;
+    if (chunk >= first) {
+        send(arriving, m.in[0], a, part, begin_of(chunk), length_of(chunk));
+        receive(arriving, m.in[0], a, part, length_of(chunk));
+    }
+    for (int now = 0; chunk >= first; --chunk, now = 1 - now) {
+        __syncthreads();  // this tile is there, the other one is read
+        if (chunk > first) send(arriving, m.in[1 - now], a, part, begin_of(chunk - 1), length_of(chunk - 1));
         T* to = a.Z + chunk * a.heads * a.p * a.n + offset;
         each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { to[at] = from_float<T>(z); });
-        const int64_t t = begin + (chunk - a.first.offset(s)) * a.chunk;
-        pass_chunk<T, N>(Z, m, a, part, t, static_cast<int>(min(end - t, a.chunk)));
+        retreat<T, N>(Z, m.in[now], length_of(chunk));
+        if (chunk > first) receive(arriving, m.in[1 - now], a, part, length_of(chunk - 1));
     }
     if (a.grad.initial_state.data == nullptr) return;
     float* to = a.grad.initial_state.data + s * a.grad.initial_state.stride + offset;
     each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { to[at] += z; });
 }
 
-// ---- Chunk. Warp w has the tokens 16 (w % 4) .. and one half, w / 4, of the columns of each product.
+// ---- Chunk. Warp w has the tokens 16 (w % 4) .. and one quarter, w / 4, of the columns of each product.
 template <class T, int N>
 struct ChunkTiles {
     T x[kQ * kLdP], grad_y[kQ * kLdP], M[kQ * kLdQ];
     T B[kQ * (N + kPad)], C[kQ * (N + kPad)], S[kP * (N + kPad)], Z[kP * (N + kPad)];
     Decays d;
-    float e[kQ], r[kQ];                                // exp(l), exp(l_q - l)
-    float row[2][kQ], c[2][kQ], xg[2][kQ], xz[2][kQ];  // halves of dot products of a token, see finish()
-    float D[4][kP], inner[kThreads / kWarp];           // partial sums of grad D; of <Z, S>
+    float e[kQ], r[kQ];  // exp(l), exp(l_q - l)
+    float row[kQuarters][kQ], c[kQuarters][kQ], xg[kQuarters][kQ],
+        xz[kQuarters][kQ];                    // parts of dot products of a token, see finish()
+    float D[4][kP], inner[kThreads / kWarp];  // partial sums of grad D; of <Z, S>
 };
 
 struct Where {
@@ -183,41 +242,41 @@ __device__ void load_part(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const
     }
 }
 
-// grad M on the triangle: its share of grad G, its rows' sums with M, and M itself to memory.
+// grad M on the triangle: its share of grad G, its rows' sums with M, and M itself to memory. The sums take M
+// as rounded: finish() subtracts the columns' sums, which come through memory, and most of both cancels.
 template <class T, int N>
-__device__ void pairs(ChunkTiles<T, N>& m, const Sum (&G)[2], Sum (&grad_G)[2]) {
-    const int block = threadIdx.x / kWarp % 4, half = threadIdx.x / kWarp / 4, row = 16 * block;
-    Sum grad_M[2];
+__device__ void pairs(ChunkTiles<T, N>& m, const Sum& G, Sum& grad_G) {
+    const int block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4, row = 16 * block;
+    Sum grad_M;
 #pragma unroll
     for (int k = 0; k < kP; k += 16) {
         const Left<T> g = left<false>(m.grad_y, kLdP, row, k);
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-            if (2 * half + b <= block) multiply(grad_M[b], g, right<false>(m.x, kLdP, k, 32 * half + 16 * b));
+
+        if (quarter <= block) multiply(grad_M, g, right<false>(m.x, kLdP, k, 16 * quarter));
     }
     float sums[2] = {};
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
+
+    {
         Sum M;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int i = row + row_of(e), j = 32 * half + 16 * b + column_of(e);
+            const int i = row + row_of(e), j = 16 * quarter + column_of(e);
             if (j > i) continue;
-            const float decay = __expf(m.d.l[i] - m.d.l[j]), g = decay * m.d.dt[j] * grad_M[b].v[e];
-            M.v[e] = decay * G[b].v[e];
-            grad_G[b].v[e] += g;
-            sums[e / 2 % 2] += g * G[b].v[e];
+            const float decay = __expf(m.d.l[i] - m.d.l[j]), g = m.d.dt[j] * grad_M.v[e];
+            M.v[e] = to_float(from_float<T>(decay * G.v[e]));
+            grad_G.v[e] += decay * g;
+            sums[e / 2 % 2] += g * M.v[e];
         }
-        store(m.M + row * kLdQ + 32 * half + 16 * b, kLdQ, M);
+        store(m.M + row * kLdQ + 16 * quarter, kLdQ, M);
     }
-    store_rows(m.row[half], row, sums[0], sums[1]);
+    store_rows(m.row[quarter], row, sums[0], sums[1]);
 }
 
 // grad C += e_i S^T grad y_i and grad B += r_j Z^T X_j; the dot products of the first with C.
 template <class T, int N>
-__device__ void through_states(ChunkTiles<T, N>& m, Sum (&grad_B)[N / 32], Sum (&grad_C)[N / 32]) {
+__device__ void through_states(ChunkTiles<T, N>& m, Sum (&grad_B)[N / 64], Sum (&grad_C)[N / 64]) {
     constexpr int kLdN = N + kPad;
-    const int row = threadIdx.x / kWarp % 4 * 16, half = threadIdx.x / kWarp / 4;
+    const int row = threadIdx.x / kWarp % 4 * 16, quarter = threadIdx.x / kWarp / 4;
     Left<T> g[kP / 16], x[kP / 16];
 #pragma unroll
     for (int k = 0; k < kP / 16; ++k) {
@@ -229,8 +288,8 @@ __device__ void through_states(ChunkTiles<T, N>& m, Sum (&grad_B)[N / 32], Sum (
     const float weight[2] = {m.r[i[0]] * m.d.dt[i[0]], m.r[i[1]] * m.d.dt[i[1]]};
     float sums[2] = {};
 #pragma unroll
-    for (int b = 0; b < N / 32; ++b) {
-        const int column = half * (N / 2) + 16 * b;
+    for (int b = 0; b < N / 64; ++b) {
+        const int column = quarter * (N / 4) + 16 * b;
         Sum c, d;
 #pragma unroll
         for (int k = 0; k < kP / 16; ++k) {
@@ -246,58 +305,56 @@ __device__ void through_states(ChunkTiles<T, N>& m, Sum (&grad_B)[N / 32], Sum (
             grad_B[b].v[e] += weight[which] * d.v[e];
         }
     }
-    store_rows(m.c[half], row, sums[0], sums[1]);
+    store_rows(m.c[quarter], row, sums[0], sums[1]);
 }
 
 // The warp's block of grad X = M^T grad y + r_j Z B_j, and x . of the whole and of the last term.
 template <class T, int N>
-__device__ void inputs_gradient(ChunkTiles<T, N>& m, Sum (&grad_X)[2]) {
-    const int block = threadIdx.x / kWarp % 4, half = threadIdx.x / kWarp / 4, row = 16 * block;
+__device__ void inputs_gradient(ChunkTiles<T, N>& m, Sum& grad_X) {
+    const int block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4, row = 16 * block;
 #pragma unroll
     for (int k = 0; k < N; k += 16) {
         const Left<T> B = left<false>(m.B, N + kPad, row, k);
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-            multiply(grad_X[b], B, right<false>(m.Z, N + kPad, k, 32 * half + 16 * b));
+
+        multiply(grad_X, B, right<false>(m.Z, N + kPad, k, 16 * quarter));
     }
     float all[2] = {}, last[2] = {};
-    const auto x = [&](int b, int e) {
-        return to_float(m.x[(row + row_of(e)) * kLdP + 32 * half + 16 * b + column_of(e)]);
+    const auto x = [&](int e) {
+        return to_float(m.x[(row + row_of(e)) * kLdP + 16 * quarter + column_of(e)]);
     };
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
+
+    {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            grad_X[b].v[e] *= m.r[row + row_of(e)];
-            last[e / 2 % 2] += grad_X[b].v[e] * x(b, e);
+            grad_X.v[e] *= m.r[row + row_of(e)];
+            last[e / 2 % 2] += grad_X.v[e] * x(e);
         }
     }
     for (int k = block; k < kQ / 16; ++k) {
         const Left<T> M = left<true>(m.M, kLdQ, row, 16 * k);
-#pragma unroll
-        for (int b = 0; b < 2; ++b)
-            multiply(grad_X[b], M, right<true>(m.grad_y, kLdP, 16 * k, 32 * half + 16 * b));
+
+        multiply(grad_X, M, right<true>(m.grad_y, kLdP, 16 * k, 16 * quarter));
     }
+
+    {
 #pragma unroll
-    for (int b = 0; b < 2; ++b) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) all[e / 2 % 2] += grad_X[b].v[e] * x(b, e);
+        for (int e = 0; e < 8; ++e) all[e / 2 % 2] += grad_X.v[e] * x(e);
     }
-    store_rows(m.xg[half], row, all[0], all[1]);
-    store_rows(m.xz[half], row, last[0], last[1]);
+    store_rows(m.xg[quarter], row, all[0], all[1]);
+    store_rows(m.xz[quarter], row, last[0], last[1]);
 }
 
 // grad x = dt grad X + D grad y, and the block's share of grad D.
 template <class T, int N>
 __device__ void write_inputs_gradient(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w,
-                                      const Part& part, const Sum (&grad_X)[2]) {
-    const int block = threadIdx.x / kWarp % 4, half = threadIdx.x / kWarp / 4, row = 16 * block;
+                                      const Part& part, const Sum& grad_X) {
+    const int block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4, row = 16 * block;
     const View<const float, 2>& D = a.in.D;
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
+
+    {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {  // columns 0, 1, 8, 9 of a lane
-            const int j = 32 * half + 16 * b + column_of(pair % 2 + pair / 2 * 4);
+            const int j = 16 * quarter + column_of(pair % 2 + pair / 2 * 4);
             const bool inside = j < part.columns;
             const float scale = inside && D.data != nullptr
                                     ? D.data[part.h * D.stride + (D.shape[1] == 1 ? 0 : part.p0 + j)]
@@ -310,7 +367,7 @@ __device__ void write_inputs_gradient(ChunkTiles<T, N>& m, const BackwardParams<
                 sum += g * to_float(m.x[i * kLdP + j]);
                 if (!inside || i >= w.length || a.grad.x.data == nullptr) continue;
                 a.grad.x.data[(w.begin + i) * a.grad.x.stride + part.h * a.p + part.p0 + j] +=
-                    m.d.dt[i] * grad_X[b].v[e] + scale * g;
+                    m.d.dt[i] * grad_X.v[e] + scale * g;
             }
 #pragma unroll
             for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
@@ -331,6 +388,10 @@ __device__ void states_product(ChunkTiles<T, N>& m) {
     if (threadIdx.x % kWarp == 0) m.inner[threadIdx.x / kWarp] = sum;
 }
 
+__device__ inline float sum_of(const float (&parts)[kQuarters][kQ], int j) {
+    return (parts[0][j] + parts[1][j]) + (parts[2][j] + parts[3][j]);
+}
+
 // By one warp: from the gradients of l to those of dt and A.
 template <class T, int N>
 __device__ void finish(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w, const Part& part,
@@ -340,9 +401,9 @@ __device__ void finish(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Wh
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
         const int j = i + k;
-        xg[k] = m.xg[0][j] + m.xg[1][j];
-        own[k] = m.row[0][j] + m.row[1][j] + m.c[0][j] + m.c[1][j] - m.d.dt[j] * xg[k];
-        ends += m.d.dt[j] * (m.xz[0][j] + m.xz[1][j]);
+        xg[k] = sum_of(m.xg, j);
+        own[k] = sum_of(m.row, j) + sum_of(m.c, j) - m.d.dt[j] * xg[k];
+        ends += m.d.dt[j] * sum_of(m.xz, j);
     }
     ends = warp_sum(ends) + __expf(m.d.l[kQ - 1]) * warp_sum(lane < kThreads / kWarp ? m.inner[lane] : 0.0f);
     // Suffix sums; the end's gradient reaches every token.
@@ -371,30 +432,30 @@ __device__ void finish(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Wh
 // The pairs' share of grad B and grad C, and both to memory.
 template <class T, int N>
 __device__ void finish_group(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w,
-                             const Sum (&grad_G)[2], Sum (&grad_B)[N / 32], Sum (&grad_C)[N / 32]) {
+                             const Sum& grad_G, Sum (&grad_B)[N / 64], Sum (&grad_C)[N / 64]) {
     constexpr int kLdN = N + kPad;
-    const int block = threadIdx.x / kWarp % 4, half = threadIdx.x / kWarp / 4, row = 16 * block;
+    const int block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4, row = 16 * block;
     __syncthreads();
-#pragma unroll
-    for (int b = 0; b < 2; ++b) store(m.M + row * kLdQ + 32 * half + 16 * b, kLdQ, grad_G[b]);
+
+    store(m.M + row * kLdQ + 16 * quarter, kLdQ, grad_G);
     __syncthreads();
     for (int k = 0; k < kQ / 16; ++k) {
         const Left<T> by_row = left<false>(m.M, kLdQ, row, 16 * k),
                       by_column = left<true>(m.M, kLdQ, row, 16 * k);
 #pragma unroll
-        for (int b = 0; b < N / 32; ++b) {
-            const int column = half * (N / 2) + 16 * b;
+        for (int b = 0; b < N / 64; ++b) {
+            const int column = quarter * (N / 4) + 16 * b;
             if (k <= block) multiply(grad_C[b], by_row, right<true>(m.B, kLdN, 16 * k, column));
             if (k >= block) multiply(grad_B[b], by_column, right<true>(m.C, kLdN, 16 * k, column));
         }
     }
-    const auto write = [&](const Sum(&sums)[N / 32], const View<float, 3>& grad, float* partial) {
+    const auto write = [&](const Sum(&sums)[N / 64], const View<float, 3>& grad, float* partial) {
         if (grad.data == nullptr) return;
 #pragma unroll
-        for (int b = 0; b < N / 32; ++b) {
+        for (int b = 0; b < N / 64; ++b) {
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                const int64_t i = row + row_of(e), j = half * (N / 2) + 16 * b + column_of(e),
+                const int64_t i = row + row_of(e), j = quarter * (N / 4) + 16 * b + column_of(e),
                               t = w.begin + i;
                 if (i >= w.length || j >= a.n) continue;
                 if (a.slices == 1) {
@@ -414,18 +475,18 @@ __global__ void __launch_bounds__(kThreads) Chunk(const __grid_constant__ Backwa
     extern __shared__ __align__(16) unsigned char memory[];
     auto& m = *reinterpret_cast<ChunkTiles<T, N>*>(memory);
     const Where w = where_of_block(a);
-    const int n = static_cast<int>(a.n), block = threadIdx.x / kWarp % 4, half = threadIdx.x / kWarp / 4;
+    const int n = static_cast<int>(a.n), block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4;
     load_tile<kQ, N, kThreads>(m.B, a.in.B.data + w.begin * a.in.B.stride + w.group * n, a.in.B.stride,
                                w.length, n, a.packed_B);
     load_tile<kQ, N, kThreads>(m.C, a.in.C.data + w.begin * a.in.C.stride + w.group * n, a.in.C.stride,
                                w.length, n, a.packed_C);
     __syncthreads();
-    Sum G[2], grad_G[2], grad_B[N / 32], grad_C[N / 32];
+    Sum G, grad_G, grad_B[N / 64], grad_C[N / 64];
 #pragma unroll
     for (int k = 0; k < N; k += 16) {
         const Left<T> C = left<false>(m.C, N + kPad, 16 * block, k);
-#pragma unroll
-        for (int b = 0; b < 2; ++b) multiply(G[b], C, right<false>(m.B, N + kPad, k, 32 * half + 16 * b));
+
+        multiply(G, C, right<false>(m.B, N + kPad, k, 16 * quarter));
     }
     for (int64_t v = w.first_part; v < w.last_part; ++v) {
         const Part part = part_of(a, v);
@@ -436,7 +497,7 @@ __global__ void __launch_bounds__(kThreads) Chunk(const __grid_constant__ Backwa
         through_states<T, N>(m, grad_B, grad_C);
         states_product<T, N>(m);
         __syncthreads();
-        Sum grad_X[2];
+        Sum grad_X;
         inputs_gradient<T, N>(m, grad_X);
         write_inputs_gradient<T, N>(m, a, w, part, grad_X);
         __syncthreads();
@@ -452,9 +513,9 @@ __global__ void __launch_bounds__(kThreads) Chunk(const __grid_constant__ Backwa
 
 // ---- Reduce
 template <class T>
-__global__ void __launch_bounds__(kThreads) ReduceSlices(const __grid_constant__ BackwardParams<T> a) {
+__global__ void __launch_bounds__(kReduceThreads) ReduceSlices(const __grid_constant__ BackwardParams<T> a) {
     const int64_t width = a.groups * a.n, count = a.tokens * width;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
     if (i >= count) return;
     const auto add = [&](const View<float, 3>& grad, const float* partial) {
         if (grad.data == nullptr) return;
@@ -467,8 +528,8 @@ __global__ void __launch_bounds__(kThreads) ReduceSlices(const __grid_constant__
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) ReduceTime(const __grid_constant__ BackwardParams<T> a) {
-    const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, h = blockIdx.y;
+__global__ void __launch_bounds__(kReduceThreads) ReduceTime(const __grid_constant__ BackwardParams<T> a) {
+    const int64_t t = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x, h = blockIdx.y;
     if (t >= a.tokens) return;
     float sum = 0.0f;
     for (int64_t tile = 0; tile < a.ptiles; ++tile) sum += a.dt[(h * a.ptiles + tile) * a.tokens + t];
@@ -477,16 +538,16 @@ __global__ void __launch_bounds__(kThreads) ReduceTime(const __grid_constant__ B
 
 // A block per head: grad A, grad dt_bias, grad D.
 template <class T>
-__global__ void __launch_bounds__(kThreads) ReduceHead(const __grid_constant__ BackwardParams<T> a) {
-    __shared__ float scratch[kThreads / kWarp], columns[kThreads];
+__global__ void __launch_bounds__(kReduceThreads) ReduceHead(const __grid_constant__ BackwardParams<T> a) {
+    __shared__ float scratch[kReduceThreads / kWarp], columns[kReduceThreads];
     const int64_t h = blockIdx.x, parts = a.heads * a.ptiles;
     float sum_A = 0.0f, sum_dt = 0.0f, sum_D = 0.0f;
     for (int64_t tile = 0; tile < a.ptiles; ++tile) {
         const int64_t v = h * a.ptiles + tile;
-        for (int64_t c = threadIdx.x; c < a.chunks; c += kThreads) sum_A += a.A[c * parts + v];
-        for (int64_t t = threadIdx.x; t < a.tokens; t += kThreads) sum_dt += a.dt[v * a.tokens + t];
+        for (int64_t c = threadIdx.x; c < a.chunks; c += kReduceThreads) sum_A += a.A[c * parts + v];
+        for (int64_t t = threadIdx.x; t < a.tokens; t += kReduceThreads) sum_dt += a.dt[v * a.tokens + t];
         float column = 0.0f;  // of tile's elements; four threads each
-        for (int64_t c = threadIdx.x / kP; c < a.chunks; c += kThreads / kP)
+        for (int64_t c = threadIdx.x / kP; c < a.chunks; c += kReduceThreads / kP)
             column += a.D[(c * parts + v) * kP + threadIdx.x % kP];
         sum_D += column;
         __syncthreads();
@@ -495,7 +556,7 @@ __global__ void __launch_bounds__(kThreads) ReduceHead(const __grid_constant__ B
         const int64_t j = tile * kP + threadIdx.x;
         if (a.grad.D.data != nullptr && a.grad.D.shape[1] > 1 && threadIdx.x < kP && j < a.p) {
             float sum = 0.0f;
-            for (int k = 0; k < kThreads / kP; ++k) sum += columns[k * kP + threadIdx.x];
+            for (int k = 0; k < kReduceThreads / kP; ++k) sum += columns[k * kP + threadIdx.x];
             a.grad.D.data[h * a.grad.D.stride + j] += sum;
         }
     }
@@ -523,15 +584,16 @@ void launch(const Exec& ex, const BackwardParams<T>& a) {
     Chunk<T, N><<<blocks, kThreads, sizeof(ChunkTiles<T, N>), stream>>>(a);
     check_launch(op);
     if (a.slices > 1 && (a.grad.B || a.grad.C)) {
-        ReduceSlices<T><<<blocks_for(a.tokens * a.groups * a.n, kThreads), kThreads, 0, stream>>>(a);
+        ReduceSlices<T>
+            <<<blocks_for(a.tokens * a.groups * a.n, kReduceThreads), kReduceThreads, 0, stream>>>(a);
         check_launch(op);
     }
     if (a.grad.dt) {
-        const dim3 grid(blocks_for(a.tokens, kThreads), static_cast<unsigned>(a.heads));
-        ReduceTime<T><<<grid, kThreads, 0, stream>>>(a);
+        const dim3 grid(blocks_for(a.tokens, kReduceThreads), static_cast<unsigned>(a.heads));
+        ReduceTime<T><<<grid, kReduceThreads, 0, stream>>>(a);
         check_launch(op);
     }
-    ReduceHead<T><<<static_cast<unsigned>(a.heads), kThreads, 0, stream>>>(a);
+    ReduceHead<T><<<static_cast<unsigned>(a.heads), kReduceThreads, 0, stream>>>(a);
     check_launch(op);
 }
 

@@ -5,10 +5,14 @@
 namespace ssm::cuda {
 namespace {
 
-// Warp w owns the tokens, and in the state the elements of the head, 16 (w % 4) .. and one half, w / 4, of
-// the columns of each product.
+// A warp owns 16 tokens, and in the state 16 elements of the head, and one half, w / 4, of the columns of
+// each product. The later the tokens, the more products: the halves count from opposite ends, since the warps
+// w and w + 4 share a tensor core.
 constexpr int kThreads = 256;
-__device__ inline int own_row() { return static_cast<int>(threadIdx.x) / kWarp % 4 * 16; }
+__device__ inline int own_row() {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    return 16 * (warp < 4 ? warp : 7 - warp);
+}
 __device__ inline int own_half() { return static_cast<int>(threadIdx.x) / kWarp / 4; }
 
 template <class T>
@@ -96,16 +100,13 @@ __device__ void write_state(float* to, const Sum (&S)[N / 32], const Head& a) {
 template <class T, int N>
 __device__ void outputs(Sum (&Y)[2], const InputTile<T, N>& m, const T* S) {
     constexpr int kLdN = N + kPad, kLdP = kP + kPad;
-    const int row = own_row(), block = row / 16, column = 32 * own_half();
-    Sum G[kQ / 16];
+    const int row = own_row(), column = 32 * own_half();
+    Left<T> C[N / 16];
 #pragma unroll
-    for (int k = 0; k < N; k += 16) {
-        const Left<T> C = left<false>(m.C, kLdN, row, k);
+    for (int k = 0; k < N / 16; ++k) {
+        C[k] = left<false>(m.C, kLdN, row, 16 * k);
 #pragma unroll
-        for (int b = 0; b < kQ / 16; ++b)
-            if (b <= block) multiply(G[b], C, right<false>(m.B, kLdN, k, 16 * b));
-#pragma unroll
-        for (int b = 0; b < 2; ++b) multiply(Y[b], C, right<false>(S, kLdN, k, column + 16 * b));
+        for (int b = 0; b < 2; ++b) multiply(Y[b], C[k], right<false>(S, kLdN, 16 * k, column + 16 * b));
     }
     const float l[2] = {m.d.l[row + row_of(0)], m.d.l[row + row_of(2)]};
     const float decay[2] = {__expf(l[0]), __expf(l[1])};
@@ -114,18 +115,20 @@ __device__ void outputs(Sum (&Y)[2], const InputTile<T, N>& m, const T* S) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) Y[b].v[e] *= decay[e / 2 % 2];
     }
+#pragma unroll 1
+    for (int first = 0; first <= row; first += 16) {
+        Sum G;
 #pragma unroll
-    for (int b = 0; b < kQ / 16; ++b) {
-        if (b > block) break;
+        for (int k = 0; k < N / 16; ++k) multiply(G, C[k], right<false>(m.B, kLdN, 16 * k, first));
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            const int j = 16 * b + column_of(e);
+            const int j = first + column_of(e);
             const bool seen = j <= row + row_of(e);
-            G[b].v[e] = seen ? G[b].v[e] * __expf(l[e / 2 % 2] - m.d.l[j]) * m.d.dt[j] : 0.0f;
+            G.v[e] = seen ? G.v[e] * __expf(l[e / 2 % 2] - m.d.l[j]) * m.d.dt[j] : 0.0f;
         }
-        const Left<T> M = as_left<T>(G[b]);
+        const Left<T> M = as_left<T>(G);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) multiply(Y[c], M, right<true>(m.x, kLdP, 16 * b, column + 16 * c));
+        for (int b = 0; b < 2; ++b) multiply(Y[b], M, right<true>(m.x, kLdP, first, column + 16 * b));
     }
 }
 
@@ -207,7 +210,8 @@ __device__ inline Span span_at(int64_t t, int64_t chunk_end, int64_t end, int64_
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) Forward(const __grid_constant__ ForwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
+    Forward(const __grid_constant__ ForwardParams<T> p) {
     extern __shared__ __align__(16) unsigned char memory[];
     auto& m = *reinterpret_cast<ForwardTiles<T, N>*>(memory);
     const Head a = head_of_block(p.in, p.ptiles);
