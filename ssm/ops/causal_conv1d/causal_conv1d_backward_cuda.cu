@@ -1,8 +1,6 @@
 // CUDA kernels of the causal convolution, backward. As forward, a thread takes a pack of channels through a
 // run of tokens; gradients of inputs lag behind by k-1 tokens, so a run looks k-1 tokens further. Sums over
 // tokens for weight and bias: threads, then the runs of a block, then the blocks, each in a fixed order.
-#include <cstdlib>
-
 #include "ssm/core/cuda/column_sums.cuh"
 #include "ssm/ops/causal_conv1d/causal_conv1d_cuda.cuh"
 
@@ -50,60 +48,84 @@ __device__ inline void put_grad_x(const BackwardParams<T>& p, const Segment& seg
     store_pack(out, v);
 }
 
-// Tokens [first, last) of one sequence.
+// Rows of x and grad_y from a token on, read before they are worked on; zero from `seen` on.
+template <class T, int N>
+struct Rows {
+    static constexpr int kBlock = 2;  // more would not fit into registers
+    const T* x;
+    const float* grad_y;
+    Raw<T, N> next_x[kBlock];
+    Pack<float, N> next_grad[kBlock];
+
+    __device__ void load(const BackwardParams<T>& p, int count) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) {
+            next_x[j] = {};
+            next_grad[j] = {};
+            if (j < count) next_x[j] = load_raw<N>(x);
+            if (j < count) next_grad[j] = load_pack<N>(grad_y);
+            x += p.in.x.stride;
+            grad_y += p.grad_y.stride;
+        }
+    }
+};
+
+// Tokens [first, last) of one sequence. `inputs`: x at this token and the three before; `pending`: what the
+// gradients so far give to grad_x of the three before.
 template <class T, int N>
 __device__ inline void backward_run(const BackwardParams<T>& p, const Filter<N>& filter,
                                     const Segment& segment, int64_t first, int64_t last, int64_t channel,
                                     Sums<T, N>& sums) {
-    constexpr int kBlock = 4;
-    Pack<float, N> rows[kHalo + kBlock], g[kHalo + kBlock];  // the window, then the block
-    const int64_t seen = last + kHalo < segment.end ? last + kHalo : segment.end;
+    using R = Rows<T, N>;
+    const int own = static_cast<int>(last - first);
+    const int seen = static_cast<int>((last + kHalo < segment.end ? last + kHalo : segment.end) - first);
+    R rows{p.in.x.data + first * p.in.x.stride + channel,
+           p.grad_y.data + first * p.grad_y.stride + channel,
+           {},
+           {}};
+    rows.load(p, seen);
+    Pack<float, N> inputs[kTaps];
+    float pending[kHalo][N] = {};
 #pragma unroll
-    for (int j = 0; j < kHalo; ++j) {
-        rows[j] = load_input<N>(p.in, segment, first - kHalo + j, channel);
-        g[j] = {};
-    }
-    for (int64_t token = first; token < last + kHalo; token += kBlock) {
+    for (int j = 0; j < kHalo; ++j) inputs[j + 1] = load_input<N>(p.in, segment, first - kHalo + j, channel);
+    for (int begin = 0; begin < own + kHalo; begin += R::kBlock) {
+        Raw<T, N> x[R::kBlock];
+        Pack<float, N> grad[R::kBlock];
 #pragma unroll
-        for (int j = 0; j < kBlock; ++j) {
-            rows[kHalo + j] = g[kHalo + j] = {};
-            if (token + j >= seen) continue;
-            rows[kHalo + j] = load_floats<N>(p.in.x.data + (token + j) * p.in.x.stride + channel);
-            g[kHalo + j] = load_pack<N>(p.grad_y.data + (token + j) * p.grad_y.stride + channel);
+        for (int j = 0; j < R::kBlock; ++j) {
+            x[j] = rows.next_x[j];
+            grad[j] = rows.next_grad[j];
         }
+        rows.load(p, seen - begin - R::kBlock);
 #pragma unroll
-        for (int j = 0; j < kBlock; ++j) {
-            const bool mine = token + j < last;
+        for (int j = 0; j < R::kBlock; ++j) {
+            Pack<float, N> out;
+#pragma unroll
+            for (int i = 0; i < kHalo; ++i) inputs[i] = inputs[i + 1];
+            inputs[kHalo] = to_floats<T, N>(x[j]);
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                float& grad = g[kHalo + j].at[n];
-                grad *= slope(filter.sum(rows + j, n), p.in.silu);
-                const float counted = mine ? grad : 0.0f;
+                const float g = grad[j].at[n] * slope(filter.sum(inputs, n), p.in.silu);
+                const float counted = begin + j < own ? g : 0.0f;
 #pragma unroll
-                for (int i = 0; i < kTaps; ++i)
-                    sums.at[i][n] = fmaf(counted, rows[j + i].at[n], sums.at[i][n]);
+                for (int i = 0; i < kTaps; ++i) sums.at[i][n] = fmaf(counted, inputs[i].at[n], sums.at[i][n]);
                 sums.at[kTaps][n] += counted;
+                out.at[n] = fmaf(filter.weight[0][n], g, pending[0][n]);
+                pending[0][n] = fmaf(filter.weight[1][n], g, pending[1][n]);
+                pending[1][n] = fmaf(filter.weight[2][n], g, pending[2][n]);
+                pending[2][n] = filter.weight[3][n] * g;
             }
-            const int64_t at = token + j - kHalo;
-            if (at < first || at >= last || p.grad.x.data == nullptr) continue;
-            Pack<float, N> v = {};
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int i = 0; i < kTaps; ++i)
-                    v.at[n] = fmaf(filter.weight[kTaps - 1 - i][n], g[j + i].at[n], v.at[n]);
-            put_grad_x<T, N>(p, segment, at, channel, v);
-        }
-#pragma unroll
-        for (int j = 0; j < kHalo; ++j) {
-            rows[j] = rows[j + kBlock];
-            g[j] = g[j + kBlock];
+            const int at = begin + j - kHalo;
+            if (at >= 0 && at < own && p.grad.x.data != nullptr)
+                put_grad_x<T, N>(p, segment, first + at, channel, out);
         }
     }
 }
+static_assert(kTaps == 4);
 
 template <class T, int N>
-__global__ void __launch_bounds__(kConvThreads, 2) Backward(const __grid_constant__ BackwardParams<T> p) {
+__global__ void __launch_bounds__(kConvThreads, N == 4 ? 2 : 3)
+    Backward(const __grid_constant__ BackwardParams<T> p) {
     __shared__ SharedFilter<N> shared;
     __shared__ float columns[kRuns][kTaps + 1][kWarp * N];
     const int lane = threadIdx.x % kWarp, run = threadIdx.x / kWarp;
@@ -220,13 +242,10 @@ struct FilterColumns {
     }
 };
 
-template <class T>
-void backward_registers(const Exec& ex, const BackwardParams<T>& p, bool packs, int64_t blocks) {
-    constexpr int N = 4;
-    const int64_t channels = kWarp * (packs ? N : 1);
-    const dim3 grid(blocks_for(p.in.x.shape[1], channels), static_cast<unsigned>(blocks));
-    packs ? Backward<T, N><<<grid, kConvThreads, 0, stream_of(ex)>>>(p)
-          : Backward<T, 1><<<grid, kConvThreads, 0, stream_of(ex)>>>(p);
+template <class T, int N>
+void backward_registers(const Exec& ex, const BackwardParams<T>& p, int64_t blocks) {
+    const dim3 grid(blocks_for(p.in.x.shape[1], kWarp * N), static_cast<unsigned>(blocks));
+    Backward<T, N><<<grid, kConvThreads, 0, stream_of(ex)>>>(p);
     check_launch(kOp);
 }
 
@@ -255,8 +274,8 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
     constexpr int N = 4;
     const int64_t t = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
     const SequencesOnDevice sequences(ex, in.cu_seqlens);
-    BackwardParams<T> p{conv_inputs(in, sequences.get()), grad_y, grad_final_state, grad, nullptr, 16};
-    if (const char* run = std::getenv("CONV_RUN")) p.run = std::atoi(run);
+    BackwardParams<T> p{conv_inputs(in, sequences.get()), grad_y, grad_final_state, grad, nullptr,
+                        conv_run(ex, t * d / N, 32)};
     const bool registers = k <= kTaps;
     const bool packs = d % N == 0 && conv_packable(in.x, N) && conv_packable(in.initial_state, N) &&
                        conv_packable(grad_y, N) && conv_packable(grad_final_state, N) &&
@@ -269,7 +288,14 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
     const bool sums = (grad.weight || grad.bias) && t * d > 0;
     const Scratch<float> partial(ex, sums ? static_cast<size_t>(blocks * (taps + 1) * d) : 0);
     if (sums) p.partial = partial.data();
-    if (t * d > 0) registers ? backward_registers(ex, p, packs, blocks) : backward_plain(ex, p, blocks);
+    if (t * d == 0) {
+    } else if (!registers) {
+        backward_plain(ex, p, blocks);
+    } else if (packs) {
+        backward_registers<T, N>(ex, p, blocks);
+    } else {
+        backward_registers<T, 1>(ex, p, blocks);
+    }
     if (sums)
         add_column_sums(ex, partial.data(), blocks, (taps + 1) * d,
                         FilterColumns{grad.weight, grad.bias, d, k, taps}, kOp);

@@ -1,7 +1,5 @@
 // CUDA kernels of the causal convolution, forward and step. A thread owns a pack of channels and takes a run
 // of tokens through a window in registers, so that a row is read once (and k-1 rows of the run before).
-#include <cstdlib>
-
 #include "ssm/ops/causal_conv1d/causal_conv1d_cuda.cuh"
 
 namespace ssm::cuda {
@@ -18,9 +16,68 @@ struct ForwardParams {
     int64_t run;  // tokens of a thread
 };
 
+// The filter in transposed form: what the inputs so far give to this output and the next two.
+template <int N>
+struct Pending {
+    float at[kTaps - 1][N];
+
+    __device__ explicit Pending(const Filter<N>& filter) {
+#pragma unroll
+        for (int j = 0; j < kTaps - 1; ++j)
+#pragma unroll
+            for (int n = 0; n < N; ++n) at[j][n] = filter.bias[n];
+    }
+    // Takes the next input, returns its output.
+    __device__ Pack<float, N> push(const Filter<N>& filter, const Pack<float, N>& x) {
+        Pack<float, N> y;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            y.at[n] = fmaf(filter.weight[3][n], x.at[n], at[0][n]);
+            at[0][n] = fmaf(filter.weight[2][n], x.at[n], at[1][n]);
+            at[1][n] = fmaf(filter.weight[1][n], x.at[n], at[2][n]);
+            at[2][n] = fmaf(filter.weight[0][n], x.at[n], filter.bias[n]);
+        }
+        return y;
+    }
+};
+static_assert(kTaps == 4);
+
+// `left` tokens of one sequence from `token` on. The next rows are read before these are worked on.
 template <class T, int N>
-__global__ void __launch_bounds__(kConvThreads) Forward(const __grid_constant__ ForwardParams<T> p) {
-    constexpr int kBlock = 4;  // tokens whose rows are read at the same time
+__device__ inline void forward_run(const ForwardParams<T>& p, const Filter<N>& filter, const Segment& segment,
+                                   int64_t token, int left, int64_t channel) {
+    constexpr int kBlock = 4;
+    const int64_t x_stride = p.in.x.stride, y_stride = p.y.stride;
+    const T* x = p.in.x.data + token * x_stride + channel;
+    T* y = p.y.data + token * y_stride + channel;
+    Raw<T, N> next[kBlock], now[kBlock];
+    const auto load = [&](int count) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j, x += x_stride)
+            if (j < count) next[j] = load_raw<N>(x);
+    };
+    load(left);
+    Pending<N> pending(filter);
+#pragma unroll
+    for (int j = 0; j < kTaps - 1; ++j)
+        pending.push(filter, load_input<N>(p.in, segment, token - (kTaps - 1) + j, channel));
+    for (; left > 0; left -= kBlock) {
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j) now[j] = next[j];
+        load(left - kBlock);
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j, y += y_stride) {
+            Pack<float, N> v = pending.push(filter, to_floats<T, N>(now[j]));
+#pragma unroll
+            for (int n = 0; n < N; ++n) v.at[n] = activate(v.at[n], p.in.silu);
+            if (j < left) store_floats(y, v);
+        }
+    }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kConvThreads, N == 8 ? 2 : 3)
+    Forward(const __grid_constant__ ForwardParams<T> p) {
     __shared__ SharedFilter<N> shared;
     const int64_t base = static_cast<int64_t>(blockIdx.x) * kWarp * N, t = p.in.x.shape[0];
     const int64_t channel = base + threadIdx.x % kWarp * N;
@@ -32,26 +89,7 @@ __global__ void __launch_bounds__(kConvThreads) Forward(const __grid_constant__ 
     while (token < last) {
         const Segment segment = segment_of(p.in.sequences, token);
         const int64_t end = segment.end < last ? segment.end : last;
-        Pack<float, N> rows[kTaps - 1 + kBlock];  // the window, then the block
-#pragma unroll
-        for (int j = 0; j < kTaps - 1; ++j)
-            rows[j] = load_input<N>(p.in, segment, token - (kTaps - 1) + j, channel);
-        for (; token < end; token += kBlock) {
-            const T* x = p.in.x.data + token * p.in.x.stride + channel;
-            T* y = p.y.data + token * p.y.stride + channel;
-#pragma unroll
-            for (int j = 0; j < kBlock; ++j)
-                if (token + j < end) rows[kTaps - 1 + j] = load_floats<N>(x + j * p.in.x.stride);
-#pragma unroll
-            for (int j = 0; j < kBlock; ++j) {
-                Pack<float, N> out;
-#pragma unroll
-                for (int n = 0; n < N; ++n) out.at[n] = activate(filter.sum(rows + j, n), p.in.silu);
-                if (token + j < end) store_floats(y + j * p.y.stride, out);
-            }
-#pragma unroll
-            for (int j = 0; j < kTaps - 1; ++j) rows[j] = rows[j + kBlock];
-        }
+        forward_run<T, N>(p, filter, segment, token, static_cast<int>(end - token), channel);
         token = end;
     }
 }
@@ -120,20 +158,15 @@ __global__ void __launch_bounds__(kConvThreads) Step(const __grid_constant__ Sta
 
 template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state) {
-    constexpr int N = 16 / sizeof(T);
+    constexpr int N = 4;  // 8 of bf16, 16 bytes, cost registers that more threads use better (README)
     const int64_t t = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
     const SequencesOnDevice sequences(ex, in.cu_seqlens);
-    ForwardParams<T> p{conv_inputs(in, sequences.get()), y, 4};
-    // Long runs read fewer rows twice, where that leaves enough threads.
-    if (t * d / N / 16 >= int64_t{512} * ex.cuda->multiprocessors()) p.run = 16;
-    if (const char* run = std::getenv("CONV_RUN")) p.run = std::atoi(run);
+    ForwardParams<T> p{conv_inputs(in, sequences.get()), y, conv_run(ex, t * d / N, 64)};
     while ((t + p.run * kRuns - 1) / (p.run * kRuns) > 65535) p.run *= 2;
     const auto grid = [&](int64_t n) { return dim3(blocks_for(d, kWarp * n), blocks_for(t, p.run * kRuns)); };
     if (t * d == 0) {
     } else if (k > kTaps) {
         ForwardPlain<T><<<blocks_for(t * d, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
-    } else if (std::getenv("CONV_N")) {
-        Forward<T, 4><<<grid(4), kConvThreads, 0, stream_of(ex)>>>(p);
     } else if (d % N == 0 && conv_packable(in.x, N) && conv_packable(y, N) &&
                conv_packable(in.initial_state, N)) {
         Forward<T, N><<<grid(N), kConvThreads, 0, stream_of(ex)>>>(p);

@@ -2,6 +2,8 @@
 // start, the filter in registers. Private to ssm/ops/causal_conv1d.
 #pragma once
 
+#include <type_traits>
+
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/core/cuda/sequences.cuh"
 #include "ssm/ops/causal_conv1d/causal_conv1d_impl.h"
@@ -39,20 +41,53 @@ __device__ inline Segment segment_of(const Sequences& sequences, int64_t token) 
     return {low, sequences.offset(low), sequences.offset(low + 1)};
 }
 
+// N elements as they lie in memory, by words where they fill some: 16-bit elements held for a while would
+// each take a register.
+template <class T, int N>
+constexpr bool kWords = sizeof(T) * N % 4 == 0;
+template <class T, int N>
+using Raw = Pack<std::conditional_t<kWords<T, N>, uint32_t, T>,
+                 kWords<T, N> ? static_cast<int>(sizeof(T)) * N / 4 : N>;
+
 template <int N, class T>
-__device__ inline Pack<float, N> load_floats(const T* p) {
-    const Pack<T, N> raw = load_pack<N>(p);
+__device__ inline Raw<T, N> load_raw(const T* p) {
+    return *reinterpret_cast<const Raw<T, N>*>(p);
+}
+template <class T, int N>
+__device__ inline Pack<float, N> to_floats(const Raw<T, N>& raw) {
     Pack<float, N> v;
 #pragma unroll
-    for (int i = 0; i < N; ++i) v.at[i] = to_float(raw.at[i]);
+    for (int i = 0; i < N; ++i) {
+        if constexpr (!kWords<T, N>) {
+            v.at[i] = to_float(raw.at[i]);
+        } else if constexpr (sizeof(T) == 4) {
+            v.at[i] = __uint_as_float(raw.at[i]);
+        } else {
+            const uint32_t word = raw.at[i / 2];
+            v.at[i] = __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+        }
+    }
     return v;
 }
 template <int N, class T>
+__device__ inline Pack<float, N> load_floats(const T* p) {
+    return to_floats<T, N>(load_raw<N>(p));
+}
+template <int N, class T>
 __device__ inline void store_floats(T* p, const Pack<float, N>& v) {
-    Pack<T, N> raw;
+    Raw<T, N> raw;
 #pragma unroll
-    for (int i = 0; i < N; ++i) raw.at[i] = from_float<T>(v.at[i]);
-    store_pack(p, raw);
+    for (int i = 0; i < N; ++i) {
+        if constexpr (!kWords<T, N>) {
+            raw.at[i] = from_float<T>(v.at[i]);
+        } else if constexpr (sizeof(T) == 4) {
+            raw.at[i] = __float_as_uint(v.at[i]);
+        } else if (i % 2 == 0) {
+            const __nv_bfloat162 two = __floats2bfloat162_rn(v.at[i], v.at[i + 1]);
+            raw.at[i / 2] = reinterpret_cast<const uint32_t&>(two);
+        }
+    }
+    *reinterpret_cast<Raw<T, N>*>(p) = raw;
 }
 
 // x at a token, before its sequence's start of the initial state, before that zero.
@@ -114,6 +149,14 @@ struct Filter {
 template <class T>
 inline ConvInputs<T> conv_inputs(const CausalConv1dInputs<T>& in, const Sequences& sequences) {
     return {in.x, in.weight, in.bias, in.initial_state, in.activation == Activation::silu, sequences};
+}
+
+// Tokens of a thread: long runs read fewer rows twice, as long as enough threads are left (`packs` of
+// channels and tokens in all).
+inline int64_t conv_run(const Exec& ex, int64_t packs, int64_t longest) {
+    int64_t run = longest;
+    while (run > 4 && packs / run < int64_t{700} * ex.cuda->multiprocessors()) run /= 2;
+    return run;
 }
 
 // Whether packs of n can read the rows of v.
