@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ Back
 template <int K, int S>
 struct Shared {
     static constexpr int kWarps = kThreads / kWarp;
-    Pack<float, K> q[kTile]
-                    [kThreads];  // on the way down replaced by sums over the thread's states: C h, gh B, e A
-    float2 step[kTile][Block<K, S>::kChannels];  // dt, dt u
-    float gradient[kTile][Block<K, S>::kChannels];
+    Pack<float, K> q[kTile / 2][kThreads];          // of even tokens; the next one's is decay h
+    float2 step[kTile][Block<K, S>::kChannels];     // dt, dt u
+    float2 sums[kTile][Block<K, S>::kChannels];     // on the way down: gh B, e A
+    float gradient[kTile][Block<K, S>::kChannels];  // on the way down replaced by C h
     float B[kTile][K * S], C[kTile][K * S];
     float rows[kTile][kWarps][2 * K * S];  // gradients of B and C, summed over the warp's channels
 };
@@ -167,7 +167,7 @@ struct Walk {
     struct Group {
         float2 step[N];
         float B[N][K], C[N][K], gradient[N], decay[N][K];
-        Pack<float, K> q[N];
+        Pack<float, K> q[(N + 1) / 2];
     };
     template <bool kDown, int N>
     __device__ void load(Group<N>& to, int t) const {
@@ -178,7 +178,7 @@ struct Walk {
             if constexpr (kDown) {
                 load_row(to.C[i], &m.C[t + i][part * K]);
                 to.gradient[i] = m.gradient[t + i][channel];
-                to.q[i] = m.q[t + i][threadIdx.x];
+                if (i % 2 == 0) to.q[i / 2] = m.q[(t + i) / 2][threadIdx.x];
             }
         }
     }
@@ -204,7 +204,7 @@ struct Walk {
                     q.at[k] = now.decay[i][k] * h[k];
                     h[k] = fmaf(now.step[i].y, now.B[i][k], q.at[k]);
                 }
-                m.q[t + i][threadIdx.x] = q;
+                if (i % 2 == 0) m.q[(t + i) / 2][threadIdx.x] = q;
             }
             now = next;
             next = later;
@@ -215,37 +215,57 @@ struct Walk {
 #pragma unroll
         for (int k = 0; k < K; ++k) x.decay[i][k] = exp2_fast(x.step[i].x * A[k]);
     }
-    template <int N>
-    __device__ void down(const Group<N>& x, Group<N>& next, int t) {
-        Pack<float, K> sums[N];
-        ChannelSums<K, S> rows[N];
+    // Tokens t and t + 1.
+    __device__ void down(const Group<2>& x, Group<2>& next, int t) {
+        float sums[2][3] = {};  // C h, gh B, e A over the thread's states
+        ChannelSums<K, S> rows[2];
+        float h[2][K], q[2][K];
 #pragma unroll
-        for (int i = N - 1; i >= 0; --i) {
+        for (int k = 0; k < K; ++k) {
+            q[0][k] = x.q[0].at[k];
+            h[0][k] = fmaf(x.step[0].y, x.B[0][k], q[0][k]);
+            q[1][k] = x.decay[1][k] * h[0][k];
+            h[1][k] = fmaf(x.step[1].y, x.B[1][k], q[1][k]);
+        }
+#pragma unroll
+        for (int i = 1; i >= 0; --i) {
             const float2 s = x.step[i];
             const float g = x.gradient[i];
-            sums[i] = {};
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float q = x.q[i].at[k], h = fmaf(s.y, x.B[i][k], q);
                 gh[k] = fmaf(g, x.C[i][k], gh[k]);
-                const float e = gh[k] * q;
-                sums[i].at[0] = fmaf(x.C[i][k], h, sums[i].at[0]);
-                sums[i].at[1] = fmaf(gh[k], x.B[i][k], sums[i].at[1]);
-                sums[i].at[2] = fmaf(e, A[k], sums[i].at[2]);
+                const float e = gh[k] * q[i][k];
+                sums[i][0] = fmaf(x.C[i][k], h[i][k], sums[i][0]);
+                sums[i][1] = fmaf(gh[k], x.B[i][k], sums[i][1]);
+                sums[i][2] = fmaf(e, A[k], sums[i][2]);
                 gA[k] = fmaf(s.x, e, gA[k]);
                 rows[i].v[k] = gh[k] * s.y;
-                rows[i].v[K + k] = g * h;
+                rows[i].v[K + k] = g * h[i][k];
                 gh[k] *= x.decay[i][k];
             }
             decays(next, i);
         }
+        rows[0].sum(lane), rows[1].sum(lane);
+        rows[0].store(m.rows[t][warp], lane), rows[1].store(m.rows[t + 1][warp], lane);
+        store_sums(sums, t);
+    }
+    // Sums over the channel's parts; the lower half of them ends with token t's, the upper with the next
+    // one's.
+    __device__ void store_sums(const float (&sums)[2][3], int t) {
+        const bool upper = part >= S / 2;
+        float v[3];
 #pragma unroll
-        for (int i = 0; i < N; ++i) rows[i].sum(lane);
+        for (int j = 0; j < 3; ++j)
+            v[j] = (upper ? sums[1][j] : sums[0][j]) +
+                   __shfl_xor_sync(kAllLanes, upper ? sums[0][j] : sums[1][j], S / 2);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            m.q[t + i][threadIdx.x] = sums[i];
-            rows[i].store(m.rows[t + i][warp], lane);
+        for (int offset = S / 4; offset > 0; offset /= 2) {
+#pragma unroll
+            for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(kAllLanes, v[j], offset);
         }
+        if (part % (S / 2) != 0) return;
+        m.gradient[t + upper][channel] = v[0];
+        m.sums[t + upper][channel] = {v[1], v[2]};
     }
     __device__ void down() {
         constexpr int N = 2;
@@ -294,43 +314,40 @@ __device__ inline void give_pairs(const View<float, 2>& to, int64_t t0, int coun
 }
 
 template <class T, int K, int S>
-__device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, S>& m,
-                                    const Incoming<T, K, S>& x, int64_t t0, int count, int64_t d0, float bias,
-                                    float D, ChannelGradients& sums) {
+__device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, S>& m, int64_t t0, int count,
+                                    int64_t d0, float bias, float D, ChannelGradients& sums) {
     constexpr int kChannels = Block<K, S>::kChannels, kPairs = Block<K, S>::kPairs;
     const int channel = static_cast<int>(threadIdx.x) % kChannels,
               first = static_cast<int>(threadIdx.x) / kChannels;
     if (d0 + channel >= p.u.shape[1]) return;
     float gu[kPairs], gdelta[kPairs], gz[kPairs];
+    PairTile<T, K, S> us, zs;
+    PairTile<float, K, S> deltas, grads;  // read again: kept, they would cost a block its registers
+    us.load(p.u, t0, count, d0), zs.load(p.z, t0, count, d0);
+    deltas.load(p.delta, t0, count, d0), grads.load(p.grad_y, t0, count, d0);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
         const int t = first + i * S;
-        float Ch = 0.0f, ghB = 0.0f, eA = 0.0f;
-#pragma unroll
-        for (int j = 0; j < S; ++j) {
-            const Pack<float, K> q = m.q[t][channel * S + j];
-            Ch += q.at[0], ghB += q.at[1], eA += q.at[2];
+        const float u = to_float(us.at[i]), y = fmaf(D, u, m.gradient[t][channel]);
+        const float2 s = m.sums[t][channel];
+        float g = grads.at[i];
+        if (p.z.data != nullptr) {
+            const float z = to_float(zs.at[i]), slope = sigmoid_fast(z);
+            gz[i] = g * y * silu_slope(z, slope);
+            g *= z * slope;
         }
-        const float u = to_float(x.u.at[i]), dt = m.step[t][channel].x, g = m.gradient[t][channel];
-        gu[i] = fmaf(D, g, dt * ghB);
-        gdelta[i] = fmaf(u, ghB, eA * kLn2);
-        gz[i] = x.grad_y.at[i] * fmaf(D, u, Ch);
+        gu[i] = fmaf(D, g, m.step[t][channel].x * s.x);
+        gdelta[i] = fmaf(u, s.x, s.y * kLn2);
         if (t < count) sums.D = fmaf(g, u, sums.D);
     }
     if (p.softplus) {
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) gdelta[i] *= sigmoid_fast(x.delta.at[i] + bias);
+        for (int i = 0; i < kPairs; ++i) gdelta[i] *= sigmoid_fast(deltas.at[i] + bias);
     }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) sums.bias += first + i * S < count ? gdelta[i] : 0.0f;
     give_pairs<K, S>(p.grad_u, t0, count, d0, gu, p.set.u);
     give_pairs<K, S>(p.grad_delta, t0, count, d0, gdelta, p.set.delta);
-    if (p.grad_z.data == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-        const float z = to_float(x.z.at[i]);
-        gz[i] *= silu_slope(z, sigmoid_fast(z));
-    }
     give_pairs<K, S>(p.grad_z, t0, count, d0, gz, p.set.z);
 }
 
@@ -350,7 +367,8 @@ __device__ inline void finish_rows(const BackwardParams<T>& p, const Shared<K, S
 }
 
 template <class T, int K, int S>
-__global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ BackwardParams<T> p) {
+__global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
+    Backward(const __grid_constant__ BackwardParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
     extern __shared__ float4 memory[];
     auto& m = *reinterpret_cast<Shared<K, S>*>(memory);
@@ -371,16 +389,15 @@ __global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ 
     load_states(walk.gh, p.entering != nullptr ? p.entering + row * d * n : nullptr, c, d, n, part);
     ChannelGradients sums;
     const int64_t first_tile = p.first_tile.first.offset(span.sequence);
-    Incoming<T, K, S> x, next;
+    Incoming<T, K, S> x;
     const auto load = [&](Incoming<T, K, S>& to, int64_t t0) {
         to.template load<true>(p, t0, span.end, d0);
         load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part);
     };
     const int64_t last = span.begin + (span.end - span.begin - 1) / kTile * kTile;
-    if (span.end > span.begin) load(next, last);
+    if (span.end > span.begin) load(x, last);
     for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        x = next;
         float dt[Block<K, S>::kPairs], g[Block<K, S>::kPairs];
         steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
         x.gradients(g, p.z.data != nullptr, mine, count);
@@ -392,11 +409,11 @@ __global__ void __launch_bounds__(kThreads, 2) Backward(const __grid_constant__ 
         x.B.store(&m.B[0][0], n);
         x.C.store(&m.C[0][0], n);
         __syncthreads();
-        if (t0 > span.begin) load(next, t0 - kTile);
         walk.up(x.state);
+        if (t0 > span.begin) load(x, t0 - kTile);
         walk.down();
         __syncthreads();
-        finish_pairs(p, m, x, t0, count, d0, bias, D, sums);
+        finish_pairs(p, m, t0, count, d0, bias, D, sums);
         if (p.rows != nullptr) finish_rows(p, m, t0, count);
         __syncthreads();
     }
@@ -462,7 +479,7 @@ void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const 
                   s = static_cast<int64_t>(cu.size()) - 1;
     p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
     const SegmentsOnDevice segments(ex, cu, p.d_blocks,
-                                    selective_scan_want(ex, options, p.d_blocks * s, 2, 8));
+                                    selective_scan_want(ex, options, p.d_blocks * s, 2, 9));
     p.segments = segments.get();
     const auto count = static_cast<size_t>(segments.count()), dn = static_cast<size_t>(d * n);
     const size_t split = p.segments.split ? count : 0;

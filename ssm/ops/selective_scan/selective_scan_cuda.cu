@@ -148,7 +148,7 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, con
 }
 
 template <class T, int K, int S, bool kY>
-__global__ void __launch_bounds__(kThreads, S == 4 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
+__global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
     __shared__ alignas(16) Shared<K, S> m;
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
@@ -262,39 +262,50 @@ ScanParams<T> make_params(const SelectiveScanInputs<T>& in) {
 }
 
 // Forward, whole: with y (kY) or the states alone.
-template <class T, bool kY>
+template <class T, bool kY, int K, int S>
 void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
               const SelectiveScanOptions& options) {
     const int64_t d = in.u.shape[1], n = in.A.shape[1], s = static_cast<int64_t>(in.cu_seqlens.size()) - 1;
-    if (s == 0 || d == 0) return;
-    with_block(n, [&](auto k, auto parts) {
-        constexpr int K = decltype(k)::value, S = decltype(parts)::value;
-        p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
-        const SegmentsOnDevice segments(ex, in.cu_seqlens, p.d_blocks,
-                                        selective_scan_want(ex, options, p.d_blocks * s, 1, 8));
-        const std::vector<int64_t> chunks = selective_scan_first_chunks(in.cu_seqlens, p.chunk);
-        const SequencesOnDevice first_chunk(ex, chunks);
-        p.segments = segments.get();
-        p.first_chunk.first = first_chunk.get();
-        const auto blocks = static_cast<unsigned>(segments.count() * p.d_blocks);
-        const size_t split = p.segments.split ? static_cast<size_t>(segments.count()) : 0;
-        const Scratch<float> ends(ex, split * static_cast<size_t>(d * n)),
-            sums(ex, split * static_cast<size_t>(d));
-        p.entering = in.initial_state.data;
-        if (split > 0) {
-            ScanParams<T> local = p;
-            local.entering = nullptr, local.chunk_states = nullptr, local.final_state = nullptr;
-            local.ends = ends.data(), local.sums = sums.data();
-            Scan<T, K, S, false><<<blocks, kThreads, 0, stream_of(ex)>>>(local);
-            check_launch("selective_scan");
-            selective_scan_combine(
-                ex,
-                {p.segments, in.initial_state.data, in.A.data, in.A.stride, d, n, ends.data(), sums.data()},
-                false);
-            p.entering = ends.data();
-        }
-        Scan<T, K, S, kY><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+    p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
+    const SegmentsOnDevice segments(ex, in.cu_seqlens, p.d_blocks,
+                                    selective_scan_want(ex, options, p.d_blocks * s, 1, 8));
+    const std::vector<int64_t> chunks = selective_scan_first_chunks(in.cu_seqlens, p.chunk);
+    const SequencesOnDevice first_chunk(ex, chunks);
+    p.segments = segments.get();
+    p.first_chunk.first = first_chunk.get();
+    const auto blocks = static_cast<unsigned>(segments.count() * p.d_blocks);
+    const size_t split = p.segments.split ? static_cast<size_t>(segments.count()) : 0;
+    const Scratch<float> ends(ex, split * static_cast<size_t>(d * n)),
+        sums(ex, split * static_cast<size_t>(d));
+    p.entering = in.initial_state.data;
+    if (split > 0) {
+        ScanParams<T> local = p;
+        local.entering = nullptr, local.chunk_states = nullptr, local.final_state = nullptr;
+        local.ends = ends.data(), local.sums = sums.data();
+        Scan<T, K, S, false><<<blocks, kThreads, 0, stream_of(ex)>>>(local);
         check_launch("selective_scan");
+        selective_scan_combine(
+            ex, {p.segments, in.initial_state.data, in.A.data, in.A.stride, d, n, ends.data(), sums.data()},
+            false);
+        p.entering = ends.data();
+    }
+    Scan<T, K, S, kY><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+    check_launch("selective_scan");
+}
+
+// Few channels: more threads for each, as long as that spares a split in time its second exponentials.
+template <class T, bool kY>
+void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, const ScanParams<T>& p,
+              const SelectiveScanOptions& options) {
+    const int64_t d = in.u.shape[1], n = in.A.shape[1], s = static_cast<int64_t>(in.cu_seqlens.size()) - 1;
+    if (s == 0 || d == 0) return;
+    const int64_t multiprocessors = ex.cuda->multiprocessors(), blocks = (d + 31) / 32 * s;
+    using TimeParallel = SelectiveScanOptions::TimeParallel;
+    if (n <= 16 && options.time_parallel != TimeParallel::always && blocks < 2 * multiprocessors &&
+        (options.time_parallel == TimeParallel::never || 20 * blocks >= 9 * multiprocessors))
+        return run_scan<T, kY, 2, 8>(ex, in, p, options);
+    with_block(n, [&](auto k, auto parts) {
+        run_scan<T, kY, decltype(k)::value, decltype(parts)::value>(ex, in, p, options);
     });
 }
 

@@ -165,11 +165,12 @@ __device__ inline void store_states(float* to, const float (&h)[K], int64_t chan
 
 template <int K>
 __device__ inline void load_row(float (&v)[K], const float* row) {
+    constexpr int kPack = K < 4 ? K : 4;
 #pragma unroll
-    for (int k = 0; k < K; k += 4) {
-        const Pack<float, 4> four = load_pack<4>(row + k);
+    for (int k = 0; k < K; k += kPack) {
+        const Pack<float, kPack> pack = load_pack<kPack>(row + k);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[k + i] = four.at[i];
+        for (int i = 0; i < kPack; ++i) v[k + i] = pack.at[i];
     }
 }
 
