@@ -1,72 +1,11 @@
-// CUDA kernels of the selective scan's gradient; selective_scan_cuda.cuh says who owns what. A tile is walked
-// twice: up in time from the state that enters it, keeping q = exp(dt A) h[t-1] in shared memory (h is q +
-// dt u B, one multiply-add), then down with gh, the gradient of the state. exp(dt A) is computed both times:
-// keeping it would double the shared memory and halve the blocks of a multiprocessor.
+// CUDA kernels of the selective scan's gradient: the pass before a split in time, the pass itself, the sums
+// over what blocks leave in pieces.
 #include <type_traits>
 
-#include "ssm/ops/selective_scan/selective_scan_cuda.cuh"
+#include "ssm/ops/selective_scan/selective_scan_backward_cuda.cuh"
 
 namespace ssm::cuda {
 namespace {
-
-template <class T>
-struct BackwardParams {
-    View<const T, 2> u, z;
-    View<const float, 2> delta, A, B, C, grad_y;
-    const float* D;
-    const float* bias;
-    bool softplus;
-    Segments segments, first_tile;  // first_tile.first: of the sequences' tiles
-    int64_t d_blocks;
-    const float* states;    // [tiles d n]: entering each tile of kTile tokens
-    const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
-    View<float, 2> grad_u, grad_delta, grad_z;
-    SelectiveScanGradients::Set set;
-    float* grad_initial;  // [s d n]
-    // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of
-    // a segment [segments d n] and [2 segments d] (D, then delta_bias).
-    float* rows;
-    float* states_A;
-    float* channels;
-    float* ends;  // pass before a split: see Reverse
-    float* sums;
-};
-
-template <class T, int K, int S>
-struct Incoming {
-    PairTile<T, K, S> u, z;
-    PairTile<float, K, S> delta, grad_y;
-    RowTile<K, S> B, C;
-    float state[K];
-
-    template <bool kAll>
-    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
-        const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0);
-        z.load(p.z, t0, count, d0);
-        grad_y.load(p.grad_y, t0, count, d0);
-        C.load(p.C, t0, count);
-        if constexpr (kAll) {
-            u.load(p.u, t0, count, d0);
-            B.load(p.B, t0, count);
-        }
-    }
-    // Of what silu(z) gates: 0 where no such pair exists.
-    __device__ void gradients(float (&g)[Block<K, S>::kPairs], bool gated, bool mine, int count) const {
-        constexpr int kPairs = Block<K, S>::kPairs;
-        const int first = static_cast<int>(threadIdx.x) / Block<K, S>::kChannels;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i) g[i] = mine ? grad_y.at[i] : 0.0f;
-        if (gated) {
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) g[i] *= silu_fast(to_float(z.at[i]));
-        }
-        if (count >= kTile) return;
-#pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            if (first + i * S >= count) g[i] = 0.0f;
-    }
-};
 
 // What a split needs first: the gradient of the state before each segment if nothing came from later tokens.
 template <class T, int K, int S>
@@ -85,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ Back
     load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
 #pragma unroll
     for (int k = 0; k < K; ++k) A[k] *= kLog2E;
-    Incoming<T, K, S> x;
+    BackwardIncoming<T, K, S> x;
     int64_t t0 = span.begin + (span.end - span.begin - 1) / kTile * kTile;
     x.template load<false>(p, t0, span.end, d0);
     for (; t0 >= span.begin; t0 -= kTile) {
@@ -112,175 +51,6 @@ __global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ Back
     store_states(p.ends + span.index * d * n, gh, d0 + channel, d, n, part);
     if (part == 0 && d0 + channel < d) p.sums[span.index * d + d0 + channel] = sum;
 }
-
-template <int K, int S>
-struct Shared {
-    static constexpr int kWarps = kThreads / kWarp;
-    Pack<float, K> q[kTile / 2][kThreads];          // of even tokens; the next one's is decay h
-    float2 step[kTile][Block<K, S>::kChannels];     // dt, dt u
-    float2 sums[kTile][Block<K, S>::kChannels];     // on the way down: gh B, e A
-    float gradient[kTile][Block<K, S>::kChannels];  // on the way down replaced by C h
-    float B[kTile][K * S], C[kTile][K * S];
-    float rows[kTile][kWarps][2 * K * S];  // gradients of B and C, summed over the warp's channels
-};
-
-// Sums of 2 K values over the warp's channels: each lane is left with kLeft of them, those from its
-// (lane / S) kLeft-th on. Halves are swapped, so that every sum is computed once.
-template <int K, int S>
-struct ChannelSums {
-    static constexpr int kLeft = 2 * K * S / kWarp;
-    float v[2 * K];  // B, then C
-
-    __device__ void sum(int lane) {
-        int half = K;
-#pragma unroll
-        for (int offset = kWarp / 2; offset >= S; offset /= 2) {
-            const bool upper = (lane & offset) != 0;
-#pragma unroll
-            for (int i = 0; i < K; ++i) {
-                if (i >= half) break;
-                const float keep = upper ? v[i + half] : v[i], send = upper ? v[i] : v[i + half];
-                v[i] = keep + __shfl_xor_sync(kAllLanes, send, offset);
-            }
-            half /= 2;
-        }
-    }
-    __device__ void store(float* row, int lane) const {
-#pragma unroll
-        for (int i = 0; i < kLeft; ++i) {
-            const int which = lane / S * kLeft + i;
-            row[which / K * K * S + lane % S * K + which % K] = v[i];
-        }
-    }
-};
-
-template <class T, int K, int S>
-struct Walk {
-    Shared<K, S>& m;
-    const BackwardParams<T>& p;
-    int channel, part, lane, warp;
-    float A[K], gh[K], gA[K];
-
-    // Groups of tokens are read before what the last group leaves is written: the compiler cannot know that
-    // the two are apart, and would wait for each token.
-    template <int N>
-    struct Group {
-        float2 step[N];
-        float B[N][K], C[N][K], gradient[N], decay[N][K];
-        Pack<float, K> q[(N + 1) / 2];
-    };
-    template <bool kDown, int N>
-    __device__ void load(Group<N>& to, int t) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            to.step[i] = m.step[t + i][channel];
-            load_row(to.B[i], &m.B[t + i][part * K]);
-            if constexpr (kDown) {
-                load_row(to.C[i], &m.C[t + i][part * K]);
-                to.gradient[i] = m.gradient[t + i][channel];
-                if (i % 2 == 0) to.q[i / 2] = m.q[(t + i) / 2][threadIdx.x];
-            }
-        }
-    }
-    __device__ void up(const float (&state)[K]) {
-        constexpr int N = 2;
-        float h[K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) h[k] = state[k];
-        Group<N> now, next, later;
-        load<false>(now, 0);
-        load<false>(next, N);
-#pragma unroll
-        for (int i = 0; i < N; ++i) decays(now, i);
-#pragma unroll
-        for (int t = 0; t < kTile; t += N) {
-            if (t + 2 * N < kTile) load<false>(later, t + 2 * N);
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                if (t + N < kTile) decays(next, i);
-                Pack<float, K> q;
-#pragma unroll
-                for (int k = 0; k < K; ++k) {
-                    q.at[k] = now.decay[i][k] * h[k];
-                    h[k] = fmaf(now.step[i].y, now.B[i][k], q.at[k]);
-                }
-                if (i % 2 == 0) m.q[(t + i) / 2][threadIdx.x] = q;
-            }
-            now = next;
-            next = later;
-        }
-    }
-    template <int N>
-    __device__ void decays(Group<N>& x, int i) const {
-#pragma unroll
-        for (int k = 0; k < K; ++k) x.decay[i][k] = exp2_fast(x.step[i].x * A[k]);
-    }
-    // Tokens t and t + 1.
-    __device__ void down(const Group<2>& x, Group<2>& next, int t) {
-        float sums[2][3] = {};  // C h, gh B, e A over the thread's states
-        ChannelSums<K, S> rows[2];
-        float h[2][K], q[2][K];
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-            q[0][k] = x.q[0].at[k];
-            h[0][k] = fmaf(x.step[0].y, x.B[0][k], q[0][k]);
-            q[1][k] = x.decay[1][k] * h[0][k];
-            h[1][k] = fmaf(x.step[1].y, x.B[1][k], q[1][k]);
-        }
-#pragma unroll
-        for (int i = 1; i >= 0; --i) {
-            const float2 s = x.step[i];
-            const float g = x.gradient[i];
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                gh[k] = fmaf(g, x.C[i][k], gh[k]);
-                const float e = gh[k] * q[i][k];
-                sums[i][0] = fmaf(x.C[i][k], h[i][k], sums[i][0]);
-                sums[i][1] = fmaf(gh[k], x.B[i][k], sums[i][1]);
-                sums[i][2] = fmaf(e, A[k], sums[i][2]);
-                gA[k] = fmaf(s.x, e, gA[k]);
-                rows[i].v[k] = gh[k] * s.y;
-                rows[i].v[K + k] = g * h[i][k];
-                gh[k] *= x.decay[i][k];
-            }
-            decays(next, i);
-        }
-        rows[0].sum(lane), rows[1].sum(lane);
-        rows[0].store(m.rows[t][warp], lane), rows[1].store(m.rows[t + 1][warp], lane);
-        store_sums(sums, t);
-    }
-    // Sums over the channel's parts; the lower half of them ends with token t's, the upper with the next
-    // one's.
-    __device__ void store_sums(const float (&sums)[2][3], int t) {
-        const bool upper = part >= S / 2;
-        float v[3];
-#pragma unroll
-        for (int j = 0; j < 3; ++j)
-            v[j] = (upper ? sums[1][j] : sums[0][j]) +
-                   __shfl_xor_sync(kAllLanes, upper ? sums[0][j] : sums[1][j], S / 2);
-#pragma unroll
-        for (int offset = S / 4; offset > 0; offset /= 2) {
-#pragma unroll
-            for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(kAllLanes, v[j], offset);
-        }
-        if (part % (S / 2) != 0) return;
-        m.gradient[t + upper][channel] = v[0];
-        m.sums[t + upper][channel] = {v[1], v[2]};
-    }
-    __device__ void down() {
-        constexpr int N = 2;
-        Group<N> now, next;
-        load<true>(now, kTile - N);
-#pragma unroll
-        for (int i = 0; i < N; ++i) decays(now, i);
-#pragma unroll 4
-        for (int t = kTile - N; t >= 0; t -= N) {
-            load<true>(next, t >= N ? t - N : 0);
-            down(now, next, t);
-            now = next;
-        }
-    }
-};
 
 // What tiles leave to a (token, channel) pair's thread: the channel's sums over time.
 struct ChannelGradients {
@@ -314,8 +84,8 @@ __device__ inline void give_pairs(const View<float, 2>& to, int64_t t0, int coun
 }
 
 template <class T, int K, int S>
-__device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, S>& m, int64_t t0, int count,
-                                    int64_t d0, float bias, float D, ChannelGradients& sums) {
+__device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardShared<K, S>& m, int64_t t0,
+                                    int count, int64_t d0, float bias, float D, ChannelGradients& sums) {
     constexpr int kChannels = Block<K, S>::kChannels, kPairs = Block<K, S>::kPairs;
     const int channel = static_cast<int>(threadIdx.x) % kChannels,
               first = static_cast<int>(threadIdx.x) / kChannels;
@@ -352,7 +122,8 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const Shared<K, 
 }
 
 template <class T, int K, int S>
-__device__ inline void finish_rows(const BackwardParams<T>& p, const Shared<K, S>& m, int64_t t0, int count) {
+__device__ inline void finish_rows(const BackwardParams<T>& p, const BackwardShared<K, S>& m, int64_t t0,
+                                   int count) {
     constexpr int kStates = K * S;
     const int n = static_cast<int>(p.A.shape[1]);
     float* to = p.rows + (blockIdx.x % p.d_blocks * p.u.shape[0] + t0) * 2 * n;
@@ -361,7 +132,7 @@ __device__ inline void finish_rows(const BackwardParams<T>& p, const Shared<K, S
         const int t = i / (2 * kStates), j = i % (2 * kStates);
         float sum = 0.0f;
 #pragma unroll
-        for (int w = 0; w < Shared<K, S>::kWarps; ++w) sum += m.rows[t][w][j];
+        for (int w = 0; w < BackwardShared<K, S>::kWarps; ++w) sum += m.rows[t][w][j];
         if (t < count && j % kStates < n) to[t * 2 * n + j / kStates * n + j % kStates] = sum;
     }
 }
@@ -371,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     Backward(const __grid_constant__ BackwardParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
     extern __shared__ float4 memory[];
-    auto& m = *reinterpret_cast<Shared<K, S>*>(memory);
+    auto& m = *reinterpret_cast<BackwardShared<K, S>*>(memory);
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
     const int thread = static_cast<int>(threadIdx.x);
     const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
@@ -379,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     const bool mine = d0 + pair_channel < d;
     const float bias = p.bias != nullptr && mine ? p.bias[d0 + pair_channel] : 0.0f,
                 D = p.D != nullptr && mine ? p.D[d0 + pair_channel] : 0.0f;
-    Walk<T, K, S> walk{m, p, thread / S, thread % S, thread % kWarp, thread / kWarp, {}, {}, {}};
+    BackwardWalk<T, K, S> walk{m, p, thread / S, thread % S, thread % kWarp, thread / kWarp, {}, {}, {}};
     const int64_t c = d0 + walk.channel;
     const int part = walk.part;
     load_states(walk.A, p.A.data + c * (p.A.stride - n), c, d, n, part);
@@ -389,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     load_states(walk.gh, p.entering != nullptr ? p.entering + row * d * n : nullptr, c, d, n, part);
     ChannelGradients sums;
     const int64_t first_tile = p.first_tile.first.offset(span.sequence);
-    Incoming<T, K, S> x;
-    const auto load = [&](Incoming<T, K, S>& to, int64_t t0) {
+    BackwardIncoming<T, K, S> x;
+    const auto load = [&](BackwardIncoming<T, K, S>& to, int64_t t0) {
         to.template load<true>(p, t0, span.end, d0);
         load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part);
     };
@@ -501,7 +272,7 @@ void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const 
             true);
         p.entering = ends.data();
     }
-    constexpr int kBytes = static_cast<int>(sizeof(Shared<K, S>));
+    constexpr int kBytes = static_cast<int>(sizeof(BackwardShared<K, S>));
     check(cudaFuncSetAttribute(Backward<T, K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "selective_scan_backward");
     Backward<T, K, S><<<blocks, kThreads, kBytes, stream_of(ex)>>>(p);
