@@ -137,6 +137,20 @@ __device__ inline void finish_rows(const BackwardParams<T>& p, const BackwardSha
     }
 }
 
+// Sums over the block's tokens, to [2 d]: D, then delta_bias. Threads of one channel lie kChannels apart.
+template <int kChannels>
+__device__ inline void give_channels(float2* both, const ChannelGradients& sums, float* to, int64_t d0,
+                                     int64_t d) {
+    const int thread = static_cast<int>(threadIdx.x);
+    both[thread] = {sums.D, sums.bias};
+    __syncthreads();
+    if (thread >= kChannels || d0 + thread >= d) return;
+    float2 sum{};
+    for (int i = thread; i < kThreads; i += kChannels) sum.x += both[i].x, sum.y += both[i].y;
+    to[d0 + thread] = sum.x;
+    to[d + d0 + thread] = sum.y;
+}
+
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     Backward(const __grid_constant__ BackwardParams<T> p) {
@@ -194,16 +208,9 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
             if (part * K + k < n) p.grad_initial[(span.sequence * d + c) * n + part * K + k] += walk.gh[k];
     }
     if (p.states_A != nullptr) store_states(p.states_A + span.index * d * n, walk.gA, c, d, n, part);
-    if (p.channels == nullptr) return;
-    // Threads of one channel: kChannels apart.
-    auto* both = reinterpret_cast<float2*>(memory);
-    both[thread] = {sums.D, sums.bias};
-    __syncthreads();
-    if (thread >= kChannels || !mine) return;
-    float2 sum{};
-    for (int i = thread; i < kThreads; i += kChannels) sum.x += both[i].x, sum.y += both[i].y;
-    p.channels[2 * span.index * d + d0 + thread] = sum.x;
-    p.channels[(2 * span.index + 1) * d + d0 + thread] = sum.y;
+    if (p.channels != nullptr)
+        give_channels<kChannels>(reinterpret_cast<float2*>(memory), sums, p.channels + 2 * span.index * d, d0,
+                                 d);
 }
 
 // to[r][j] <- (set ? 0 : to[r][j]) + sum over i < count of from[i][r][j], in the order of i.
