@@ -45,7 +45,8 @@ struct ChunkTiles {
     T x[kQ * kLdP], grad_y[kQ * kLdP], M[kQ * kLdQ];
     T B[kQ * (N + kPad)], C[kQ * (N + kPad)], S[kP * (N + kPad)], Z[kP * (N + kPad)];
     Decays d;
-    float e[kQ], r[kQ];  // exp(l), exp(l_q - l)
+    float e[kQ], r[kQ];         // exp(l), exp(l_q - l)
+    float slope[kQ], D_of[kP];  // d dt / d raw dt; D
     float row[kQuarters][kQ], c[kQuarters][kQ], xg[kQuarters][kQ],
         xz[kQuarters][kQ];                    // parts of dot products of a token, see finish()
     float D[4][kP], inner[kThreads / kWarp];  // partial sums of grad D; of <Z, S>
@@ -100,7 +101,15 @@ __device__ void load_part(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const
                                part.columns, n, a.packed_state);
     load_tile<kP, N, kThreads>(m.Z, a.Z + w.chunk * a.heads * a.p * a.n + offset, n, part.columns, n,
                                a.packed_Z);
-    if (threadIdx.x < kWarp) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= 128 && thread < 128 + kP) load_D(m.D_of, a.in.D, part.h, part.p0, part.columns);
+    if (thread >= 64 && thread < 128) {
+        const int i = thread - 64;
+        const float raw = i < w.length ? raw_dt(a.in, w.begin + i, part.h) : 0.0f, soft = exact_softplus(raw);
+        const bool inside = soft >= a.in.dt_min && soft <= a.in.dt_max;
+        m.slope[i] = !a.in.dt_softplus ? 1.0f : inside ? 1.0f / (1.0f + expf(-raw)) : 0.0f;
+    }
+    if (thread < kWarp) {
         make_decays(m.d, a.in, w.begin, w.length, part.h);
         __syncwarp();
         for (int j = threadIdx.x; j < kQ; j += kWarp) {
@@ -211,31 +220,32 @@ __device__ void inputs_gradient(ChunkTiles<T, N>& m, Sum& grad_X) {
 template <class T, int N>
 __device__ void write_inputs_gradient(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w,
                                       const Part& part, const Sum& grad_X) {
-    const int block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4, row = 16 * block;
-    const View<const float, 2>& D = a.in.D;
-
-    {
+    const int block = threadIdx.x / kWarp % 4, row = 16 * block, first = 16 * (threadIdx.x / kWarp / 4);
+    float* const to = a.grad.x.data + w.begin * a.grad.x.stride + part.h * a.p + part.p0;
+    const auto inside = [&](int e) {
+        return a.grad.x.data != nullptr && row + row_of(e) < w.length && first + column_of(e) < part.columns;
+    };
+    float sum[4] = {};  // columns 0, 1, 8, 9 of a lane
+    Sum before;         // all loads before the first store
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {  // columns 0, 1, 8, 9 of a lane
-            const int j = 16 * quarter + column_of(pair % 2 + pair / 2 * 4);
-            const bool inside = j < part.columns;
-            const float scale = inside && D.data != nullptr
-                                    ? D.data[part.h * D.stride + (D.shape[1] == 1 ? 0 : part.p0 + j)]
-                                    : 0.0f;
-            float sum = 0.0f;
+    for (int e = 0; e < 8; ++e)
+        if (inside(e)) before.v[e] = to[(row + row_of(e)) * a.grad.x.stride + first + column_of(e)];
 #pragma unroll
-            for (int low = 0; low < 2; ++low) {
-                const int e = pair % 2 + pair / 2 * 4 + 2 * low, i = row + row_of(e);
-                const float g = to_float(m.grad_y[i * kLdP + j]);
-                sum += g * to_float(m.x[i * kLdP + j]);
-                if (!inside || i >= w.length || a.grad.x.data == nullptr) continue;
-                a.grad.x.data[(w.begin + i) * a.grad.x.stride + part.h * a.p + part.p0 + j] +=
-                    m.d.dt[i] * grad_X.v[e] + scale * g;
-            }
+    for (int e = 0; e < 8; ++e) {
+        const int i = row + row_of(e), j = first + column_of(e);
+        const float g = to_float(m.grad_y[i * kLdP + j]);
+        sum[e % 2 + e / 4 * 2] += g * to_float(m.x[i * kLdP + j]);
+        before.v[e] += m.d.dt[i] * grad_X.v[e] + m.D_of[j] * g;
+    }
 #pragma unroll
-            for (int offset = 4; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-            if (threadIdx.x % kWarp < 4) m.D[block][j] = sum;
-        }
+    for (int e = 0; e < 8; ++e)
+        if (inside(e)) to[(row + row_of(e)) * a.grad.x.stride + first + column_of(e)] = before.v[e];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int offset = 4; offset < kWarp; offset *= 2)
+            sum[k] += __shfl_xor_sync(kAllLanes, sum[k], offset);
+        if (threadIdx.x % kWarp < 4) m.D[block][first + column_of(k % 2 + k / 2 * 4)] = sum[k];
     }
 }
 
@@ -282,10 +292,7 @@ __device__ void finish(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Wh
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
         if (i + k >= w.length) continue;
-        const float raw = raw_dt(a.in, w.begin + i + k, part.h), soft = exact_softplus(raw);
-        const bool inside = soft >= a.in.dt_min && soft <= a.in.dt_max;
-        const float slope = !a.in.dt_softplus ? 1.0f : inside ? 1.0f / (1.0f + expf(-raw)) : 0.0f;
-        a.dt[v * a.tokens + w.begin + i + k] = (xg[k] + A * grad_a[k]) * slope;
+        a.dt[v * a.tokens + w.begin + i + k] = (xg[k] + A * grad_a[k]) * m.slope[i + k];
         grad_A += m.d.dt[i + k] * grad_a[k];
     }
     grad_A = warp_sum(grad_A);

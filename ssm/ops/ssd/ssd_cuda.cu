@@ -36,6 +36,7 @@ template <class T, int N>
 struct ForwardTiles {
     InputTile<T, N> in[2];
     T S[kP * (N + kPad)];
+    float D[kP];
 };
 
 // 64 tokens at most, within one chunk.
@@ -135,7 +136,7 @@ __device__ void outputs(Sum (&Y)[2], const InputTile<T, N>& m, const T* S) {
 // y + D x to memory, a lane's pairs.
 template <class T>
 __device__ void write_y(const ForwardParams<T>& p, const Head& a, const Sum (&Y)[2], const T* x,
-                        const Span& span) {
+                        const float* D, const Span& span) {
     const View<const float, 2>& D = p.in.D;
     T* const to = p.y.data + span.begin * p.y.stride + a.h * p.in.x.shape[2] + a.p0;
 #pragma unroll
@@ -147,10 +148,7 @@ __device__ void write_y(const ForwardParams<T>& p, const Head& a, const Sum (&Y)
             Pack<T, 2> v;
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                float y = Y[b].v[e + k];
-                if (D.data != nullptr && j + k < a.columns)
-                    y += D.data[a.h * D.stride + (D.shape[1] == 1 ? 0 : a.p0 + j + k)] *
-                         to_float(x[i * (kP + kPad) + j + k]);
+                const float y = Y[b].v[e + k] + D[j + k] * to_float(x[i * (kP + kPad) + j + k]);
                 v.at[k] = from_float<T>(y);
             }
             if (p.packed_y) {
@@ -223,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
     int64_t saved = p.first.offset(a.s);
     Span span = span_at(begin, begin, end, p.chunk);
     bool chunk_begins = true;
+    if (threadIdx.x < kP) load_D(m.D, p.in.D, a.h, a.p0, a.columns);
     fetch(m.in[0], p, a, span);
     if (decays) make_weights(m.in[0], p, raw_pair(p.in, begin, span.length, a.h), span.length, a.h);
     for (int now = 0; span.length > 0; now = 1 - now) {
@@ -243,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
         if (p.y.data != nullptr) {
             Sum Y[2];
             outputs<T, N>(Y, m.in[now], m.S);
-            write_y<T>(p, a, Y, m.in[now].x, span);
+            write_y<T>(p, a, Y, m.in[now].x, m.D, span);
         }
         advance<T, N>(S, m.in[now], span.length);
         if (decays) make_weights(m.in[1 - now], p, raw, next.length, a.h);

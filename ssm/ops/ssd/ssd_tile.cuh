@@ -144,7 +144,7 @@ __device__ inline void multiply_tf32(float* sum, const uint32_t (&a)[4], const u
 // s += a b. The summed index may be taken in any order that both sides share: f32 takes 2c as c and 2c + 1 as
 // c + 4 of the instruction's eight.
 __device__ inline void multiply(Sum& s, const Left<float>& a, const Right<float>& b) {
-    const auto high = [](float x) { return __float_as_uint(x) & 0xffffe000u; };
+    const auto high = [](float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; };
     const auto low = [&](float x) { return __float_as_uint(x - __uint_as_float(high(x))); };
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -285,6 +285,13 @@ __device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, float2 raw
 template <class T>
 __device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
     make_decays(d, in, raw_pair(in, begin, length, h), length, h);
+}
+
+// D of a tile's elements, 0 where it is absent; by kP threads.
+__device__ inline void load_D(float* to, const View<const float, 2>& D, int64_t h, int64_t p0, int columns) {
+    const int j = threadIdx.x % kP;
+    const bool given = D.data != nullptr && j < columns;
+    to[j] = given ? D.data[h * D.stride + (D.shape[1] == 1 ? 0 : p0 + j)] : 0.0f;
 }
 
 // ---- host
