@@ -137,7 +137,6 @@ __device__ void outputs(Sum (&Y)[2], const InputTile<T, N>& m, const T* S) {
 template <class T>
 __device__ void write_y(const ForwardParams<T>& p, const Head& a, const Sum (&Y)[2], const T* x,
                         const float* D, const Span& span) {
-    const View<const float, 2>& D = p.in.D;
     T* const to = p.y.data + span.begin * p.y.stride + a.h * p.in.x.shape[2] + a.p0;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
