@@ -7,7 +7,7 @@
 // Shapes     hidden: [t e]   weight: [v e] (linear.h's types)   targets: [t]   nll, grad_nll: [t] f32.
 // Numerics   logsumexp in f32 with the maximum subtracted; rel. L2 error vs f64 <= 1e-5 (f32).
 // Cost       2 t e v FLOP forward; 6 t e v with gradients. Compute bound. Extra memory: one tile, <= 32 MiB.
-// On a GPU 512 MiB and, with ex.matmul == bf16, half of that again and bf16 copies of hidden and weight.
+// On a GPU <= 1 GiB and, with ex.matmul == bf16, half of that again and bf16 copies of hidden and weight.
 #pragma once
 
 #include "ssm/core/exec.h"

@@ -33,7 +33,7 @@ int64_t tile_rows(int64_t t, int64_t v);
 namespace ssm::cuda {
 
 // f32 logits of one tile. Large: the weight's gradient is read and written once for each tile.
-inline constexpr int64_t kTileBytes = int64_t{512} << 20;
+inline constexpr int64_t kTileBytes = int64_t{1024} << 20;
 
 void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
                           View<const int32_t, 1> targets, View<float, 1> nll,

@@ -1,6 +1,8 @@
 // y = x W^T + bias for few rows of x on a GPU: W is streamed once. A group of lanes computes some
 // neighbouring rows of W with every row of x; lanes read 16 bytes of a row of W each, past the L1 cache, in
 // which x stays. The sums are reduced over the group by halving what each lane holds, in a fixed order.
+#include <cstdlib>
+
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/ops/linear/linear_impl.h"
@@ -52,6 +54,15 @@ __device__ inline void load_x(const X* p, float (&x)[N]) {
             x[j + k] = to_float(part.at[k]);
             if constexpr (sizeof(X) > sizeof(W)) x[j + k] = to_float(from_float<W>(x[j + k]));
         }
+    }
+}
+
+__device__ inline void store_y(const Params& p, int t, int64_t row, float sum) {
+    const float y = sum + (p.bias != nullptr ? p.bias[row] : 0.0f);
+    if (p.y_is_bf16) {
+        static_cast<bf16*>(p.y)[t * p.y_stride + row] = from_float<bf16>(y);
+    } else {
+        static_cast<float*>(p.y)[t * p.y_stride + row] = y;
     }
 }
 
@@ -124,13 +135,120 @@ __global__ void __launch_bounds__(kMostThreads) Stream(const __grid_constant__ P
     const int t = lane / kEach % T;
     const int64_t row = first + lane / kEach / T;
     if (lane % kEach != 0 || t >= p.t || row >= p.o) return;
-    const float y = sum + (p.bias != nullptr ? p.bias[row] : 0.0f);
-    if (p.y_is_bf16) {
-        static_cast<bf16*>(p.y)[t * p.y_stride + row] = from_float<bf16>(y);
-    } else {
-        static_cast<float*>(p.y)[t * p.y_stride + row] = y;
+    store_y(p, t, row, sum);
+}
+
+// ---- On the tensor cores, for weights of bf16: up to 8 rows of x are the 8 columns of an m16n8k16 product
+// ----
+
+// What lane 4 g + q holds of 32 columns: 8 neighbouring ones, those of quarter q, of rows g and g + 8 of W
+// and of row g of x. Which column of the product they are does not matter as long as W and x agree, so every
+// load is one of 16 bytes.
+constexpr int kTileRows = 16, kTileTokens = 8, kTileColumns = 32, kMostSplits = 8;
+
+struct Bits {
+    uint32_t at[4] = {0, 0, 0, 0};  // 8 of bf16
+};
+
+__device__ inline Bits load_bits(const bf16* p) {
+    Bits b;
+    asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(b.at[0]), "=r"(b.at[1]), "=r"(b.at[2]), "=r"(b.at[3])
+        : "l"(p));
+    return b;
+}
+
+template <class X>
+__device__ inline Bits load_x_bits(const X* p) {
+    float x[8];
+    load_x<bf16, 8>(p, x);
+    Bits b;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t low = from_float<bf16>(x[2 * k]).bits, high = from_float<bf16>(x[2 * k + 1]).bits;
+        b.at[k] = high << 16 | low;
+    }
+    return b;
+}
+
+__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The sums of a warp: its turns at runs of U x 32 columns of 16 rows.
+template <class X, int U>
+__device__ inline void multiply_runs(const bf16* upper, const bf16* lower, const X* x_row, int64_t columns,
+                                     int64_t begin, int64_t step, float (&c)[4]) {
+    // The loop is the warp's: every lane takes part in each product.
+    for (int64_t base = begin; base < columns; base += step) {
+        Bits a[U], b[U], x[U];  // zeros past the row
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int64_t j = base + u * kTileColumns + threadIdx.x % 4 * 8;
+            if (j >= columns) continue;
+            a[u] = load_bits(upper + j);
+            b[u] = load_bits(lower + j);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int64_t j = base + u * kTileColumns + threadIdx.x % 4 * 8;
+            if (j < columns) x[u] = load_x_bits(x_row + j);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            multiply(c, a[u].at[0], b[u].at[0], a[u].at[1], b[u].at[1], x[u].at[0], x[u].at[1]);
+            multiply(c, a[u].at[2], b[u].at[2], a[u].at[3], b[u].at[3], x[u].at[2], x[u].at[3]);
+        }
     }
 }
+
+// A block: 16 rows of W; its warps share the columns and their sums are added in order.
+template <class X, int U>
+__global__ void __launch_bounds__(kWarp* kMostSplits) Tiles(const __grid_constant__ Params p) {
+    __shared__ float sums[kMostSplits][kTileRows * kTileTokens];
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, q = lane % 4;
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
+    const auto row = [&](int64_t r) {  // what is too much is computed, not stored
+        return static_cast<const bf16*>(p.weight) + (r < p.o ? r : p.o - 1) * p.weight_stride;
+    };
+    float c[4] = {};
+    multiply_runs<X, U>(row(first + g), row(first + g + 8),
+                        static_cast<const X*>(p.x) + (g < p.t ? g : 0) * p.x_stride, p.i,
+                        warp * U * kTileColumns, warps * U * kTileColumns, c);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[warp][(2 * q + k % 2) * kTileRows + g + k / 2 * 8] = c[k];
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileTokens;
+         i += static_cast<int>(blockDim.x)) {
+        const int t = i / kTileRows;
+        const int64_t r = first + i % kTileRows;
+        if (t >= p.t || r >= p.o) continue;
+        float sum = sums[0][i];
+        for (int w = 1; w < warps; ++w) sum += sums[w][i];
+        store_y(p, t, r, sum);
+    }
+}
+
+template <class X>
+void launch_tiles(const Exec& ex, const Params& p) {
+    constexpr int kLoads = 4;
+    constexpr int64_t kWarpsEach = 24;  // of a multiprocessor, to keep enough loads in flight
+    const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
+    const int64_t most = (p.i + kTileColumns * kLoads - 1) / (kTileColumns * kLoads);
+    int64_t warps = 1;
+    while (warps < kMostSplits && warps < most && blocks * warps < kWarpsEach * ex.cuda->multiprocessors())
+        warps *= 2;
+    Tiles<X, kLoads>
+        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), 0, stream_of(ex)>>>(p);
+    check_launch("linear");
+}
+
+// ---- Launching ----
 
 template <class X, class W, int T, int R, int G, int N, int U>
 void launch(const Exec& ex, const Params& p) {
@@ -145,14 +263,14 @@ void launch(const Exec& ex, const Params& p) {
 template <class X, class W, int T>
 void choose_shape(const Exec& ex, const Params& p, bool packs) {
     constexpr int kPack = 16 / static_cast<int>(sizeof(W));
-    constexpr int64_t kManyWarps =
-        32;  // on a multiprocessor: then more rows each, so that x is read less often
+    // With more rows of W on a multiprocessor each lane takes several, so that x is read less often.
+    constexpr int64_t kSome = 32, kMany = 128;
     if (!packs) return launch<X, W, T, 1, kWarp, 1, 4>(ex, p);
     if (p.i <= 16 * kPack) return launch<X, W, T, 1, 8, kPack, 2>(ex, p);
-    const int64_t warps = p.o / ex.cuda->multiprocessors();
-    if (warps >= kManyWarps * 4 || T == 8) return launch<X, W, T, 4, kWarp, kPack, 2>(ex, p);
-    if (warps >= kManyWarps || T == 4) return launch<X, W, T, 2, kWarp, kPack, 2>(ex, p);
-    launch<X, W, T, 1, kWarp, kPack, 4>(ex, p);
+    const int64_t each = p.o / ex.cuda->multiprocessors();
+    if (each >= (T == 8 ? kSome / 2 : kMany)) return launch<X, W, T, 4, kWarp, kPack, 2>(ex, p);
+    if (each >= (T >= 4 ? kSome / 4 : kSome)) return launch<X, W, T, 2, kWarp, kPack, 2>(ex, p);
+    launch<X, W, T, 1, kWarp, kPack, T <= 2 ? 8 : 4>(ex, p);
 }
 
 template <class X, class W>
@@ -162,6 +280,9 @@ void choose_rows(const Exec& ex, const Params& p) {
     const bool packs = p.i % kPack == 0 &&
                        packable(static_cast<const W*>(p.weight), p.weight_stride, kPack) &&
                        packable(static_cast<const X*>(p.x), p.x_stride, kPackX);
+    if constexpr (sizeof(W) == 2) {
+        if (packs && p.i > 16 * kPack && !(getenv("GLIN_SIMT") && p.t <= 1)) return launch_tiles<X>(ex, p);
+    }
     if (p.t <= 1) return choose_shape<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_shape<X, W, 2>(ex, p, packs);
     if (p.t <= 4) return choose_shape<X, W, 4>(ex, p, packs);

@@ -7,7 +7,7 @@
 namespace ssm::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 1024, kLoads = 7;
 constexpr unsigned long long kNotANumber = ~0ull;
 
 struct Params {
@@ -38,13 +38,20 @@ __global__ void __launch_bounds__(kThreads) Argmax(const __grid_constant__ Param
     const int64_t v = p.logits.shape[1];
     const float* row = p.logits.data + blockIdx.x * p.logits.stride;
     unsigned long long best = 0;
-#pragma unroll 4
-    for (int64_t j = threadIdx.x * N; j < v; j += kThreads * N) {
-        const Pack<float, N> x = load_pack<N>(row + j);
+    for (int64_t base = threadIdx.x * N; base < v; base += kThreads * N * kLoads) {
+        Pack<float, N> x[kLoads];
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const unsigned long long one = candidate(x.at[k], j + k);
-            best = best > one ? best : one;
+        for (int u = 0; u < kLoads; ++u)
+            if (base + u * kThreads * N < v) x[u] = load_pack<N>(row + base + u * kThreads * N);
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) {
+            const int64_t j = base + u * kThreads * N;
+            if (j >= v) break;
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const unsigned long long one = candidate(x[u].at[k], j + k);
+                best = best > one ? best : one;
+            }
         }
     }
     best = warp_largest(best);
