@@ -1,8 +1,6 @@
 // y = x W^T + bias for few rows of x on a GPU: W is streamed once. A group of lanes computes some
 // neighbouring rows of W with every row of x; lanes read 16 bytes of a row of W each, past the L1 cache, in
 // which x stays. The sums are reduced over the group by halving what each lane holds, in a fixed order.
-#include <cstdlib>
-
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/ops/linear/linear_impl.h"
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kWarp* kMostSplits) Tiles(const __grid_constan
 
 template <class X>
 void launch_tiles(const Exec& ex, const Params& p) {
-    constexpr int kLoads = 4;
+    constexpr int kLoads = 8;
     constexpr int64_t kWarpsEach = 24;  // of a multiprocessor, to keep enough loads in flight
     const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
     const int64_t most = (p.i + kTileColumns * kLoads - 1) / (kTileColumns * kLoads);
@@ -270,7 +268,7 @@ void choose_shape(const Exec& ex, const Params& p, bool packs) {
     const int64_t each = p.o / ex.cuda->multiprocessors();
     if (each >= (T == 8 ? kSome / 2 : kMany)) return launch<X, W, T, 4, kWarp, kPack, 2>(ex, p);
     if (each >= (T >= 4 ? kSome / 4 : kSome)) return launch<X, W, T, 2, kWarp, kPack, 2>(ex, p);
-    launch<X, W, T, 1, kWarp, kPack, T <= 2 ? 8 : 4>(ex, p);
+    launch<X, W, T, 1, kWarp, kPack, T <= 2 && sizeof(W) == 2 ? 8 : 4>(ex, p);
 }
 
 template <class X, class W>
@@ -281,7 +279,7 @@ void choose_rows(const Exec& ex, const Params& p) {
                        packable(static_cast<const W*>(p.weight), p.weight_stride, kPack) &&
                        packable(static_cast<const X*>(p.x), p.x_stride, kPackX);
     if constexpr (sizeof(W) == 2) {
-        if (packs && p.i > 16 * kPack && !(getenv("GLIN_SIMT") && p.t <= 1)) return launch_tiles<X>(ex, p);
+        if (packs && p.t > 4 && p.i > 16 * kPack) return launch_tiles<X>(ex, p);
     }
     if (p.t <= 1) return choose_shape<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_shape<X, W, 2>(ex, p, packs);

@@ -15,6 +15,13 @@ struct Params {
     View<int32_t, 1> ids;
 };
 
+// The larger, or NaN if there is one.
+__device__ inline float larger(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+}
+
 // +0 and -0 are equal.
 __device__ inline unsigned long long candidate(float x, int64_t index) {
     if (isnan(x)) return kNotANumber;
@@ -37,7 +44,9 @@ __global__ void __launch_bounds__(kThreads) Argmax(const __grid_constant__ Param
     __shared__ unsigned long long largest[kThreads / kWarp];
     const int64_t v = p.logits.shape[1];
     const float* row = p.logits.data + blockIdx.x * p.logits.stride;
-    unsigned long long best = 0;
+    // Of this thread: the largest logit and the first pack that holds it.
+    float most = -INFINITY;
+    int64_t pack = threadIdx.x * N;
     for (int64_t base = threadIdx.x * N; base < v; base += kThreads * N * kLoads) {
         Pack<float, N> x[kLoads];
 #pragma unroll
@@ -45,14 +54,18 @@ __global__ void __launch_bounds__(kThreads) Argmax(const __grid_constant__ Param
             if (base + u * kThreads * N < v) x[u] = load_pack<N>(row + base + u * kThreads * N);
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) {
-            const int64_t j = base + u * kThreads * N;
-            if (j >= v) break;
+            if (base + u * kThreads * N >= v) break;
+            float m = x[u].at[0];
 #pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const unsigned long long one = candidate(x[u].at[k], j + k);
-                best = best > one ? best : one;
-            }
+            for (int k = 1; k < N; ++k) m = larger(m, x[u].at[k]);
+            if (m > most) pack = base + u * kThreads * N;
+            most = larger(most, m);
         }
+    }
+    unsigned long long best = isnan(most) ? kNotANumber : 0;
+    for (int k = 0; k < N && pack < v; ++k) {
+        const unsigned long long one = candidate(row[pack + k], pack + k);
+        best = best > one ? best : one;
     }
     best = warp_largest(best);
     if (threadIdx.x % kWarp == 0) largest[threadIdx.x / kWarp] = best;

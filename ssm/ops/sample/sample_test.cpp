@@ -256,6 +256,19 @@ TEST(Sample, Errors) {
     expect_error("[sample] the history holds id 100, outside [0, 100)",
                  [&] { draw.sample(flat, 100, std::vector<int32_t>{100}); });
     expect_error("[argmax] there are no logits", [] { argmax({}); });
+    std::vector<int32_t> ids(2);
+    expect_error("[argmax] `ids` must be [b] = [1] but is [2]", [&] {
+        argmax(make_cpu_exec(1), {flat.data(), {1, 100}}, {ids.data(), {2}});
+    });
+}
+
+TEST(Argmax, OfStridedRows) {
+    const std::vector<float> logits = {1, 5, 5, 9, -2, -3, -1, 9, 0, -0.0f, 0, 9};
+    std::vector<int32_t> ids(6, -7);
+    argmax(make_cpu_exec(1), View<const float, 2>(logits.data(), {3, 3}, 4),
+           View<int32_t, 1>(ids.data(), {3}, 2));
+    EXPECT_EQ(ids, (std::vector<int32_t>{1, -7, 2, -7, 0, -7}));
+    argmax(make_cpu_exec(1), View<const float, 2>(nullptr, {0, 3}), View<int32_t, 1>(nullptr, {0}));
 }
 
 }  // namespace
