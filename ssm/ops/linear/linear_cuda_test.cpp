@@ -142,7 +142,7 @@ TEST_P(LinearCudaTypes, MatchesReference) {
 
 // Sizes at which other shapes of the kernel for few rows are taken.
 TEST_P(LinearCudaTypes, FewRowsOfManyOutputs) {
-    for (const int64_t t : {1, 2, 3, 8}) {
+    for (const int64_t t : {1, 2, 3, 6, 8}) {
         check(GetParam(), t, 136, 132 * 33, 0, 0, true, MatmulPrecision::f32);
         check(GetParam(), t, 136, 132 * 129 + 1, 0, 8, false, MatmulPrecision::f32);
         check(GetParam(), t, 1536, 80, 0, 0, false, MatmulPrecision::f32);

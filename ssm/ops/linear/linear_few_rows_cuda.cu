@@ -232,18 +232,21 @@ __global__ void __launch_bounds__(kWarp* kMostSplits) Tiles(const __grid_constan
     }
 }
 
-template <class X>
-void launch_tiles(const Exec& ex, const Params& p) {
-    constexpr int kLoads = 8;
-    constexpr int64_t kWarpsEach = 24;  // of a multiprocessor, to keep enough loads in flight
-    const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
-    const int64_t most = (p.i + kTileColumns * kLoads - 1) / (kTileColumns * kLoads);
+template <class X, int U>
+void launch_tiles(const Exec& ex, const Params& p, int64_t blocks) {
+    const int64_t most = (p.i + kTileColumns * U - 1) / (kTileColumns * U);
     int64_t warps = 1;
-    while (warps < kMostSplits && warps < most && blocks * warps < kWarpsEach * ex.cuda->multiprocessors())
-        warps *= 2;
-    Tiles<X, kLoads>
-        <<<static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), 0, stream_of(ex)>>>(p);
+    while (warps < kMostSplits && warps < most) warps *= 2;
+    Tiles<X, U><<<static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), 0, stream_of(ex)>>>(p);
     check_launch("linear");
+}
+
+template <class X>
+void choose_tiles(const Exec& ex, const Params& p) {
+    constexpr int64_t kMany = 8;  // blocks for a multiprocessor
+    const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
+    if (blocks >= kMany * ex.cuda->multiprocessors()) return launch_tiles<X, 4>(ex, p, blocks);
+    launch_tiles<X, 3>(ex, p, blocks);
 }
 
 // ---- Launching ----
@@ -279,7 +282,7 @@ void choose_rows(const Exec& ex, const Params& p) {
                        packable(static_cast<const W*>(p.weight), p.weight_stride, kPack) &&
                        packable(static_cast<const X*>(p.x), p.x_stride, kPackX);
     if constexpr (sizeof(W) == 2) {
-        if (packs && p.t > 4 && p.i > 16 * kPack) return launch_tiles<X>(ex, p);
+        if (packs && p.t > 4 && p.i > 16 * kPack) return choose_tiles<X>(ex, p);
     }
     if (p.t <= 1) return choose_shape<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_shape<X, W, 2>(ex, p, packs);
