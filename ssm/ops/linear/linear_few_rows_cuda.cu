@@ -11,6 +11,7 @@ namespace {
 using linear_detail::FewRows;
 
 constexpr int kMostThreads = 256;
+constexpr int64_t kManyRows = 128;  // of W on a multiprocessor
 
 struct Params {
     int64_t i, o;
@@ -243,9 +244,8 @@ void launch_tiles(const Exec& ex, const Params& p, int64_t blocks) {
 
 template <class X>
 void choose_tiles(const Exec& ex, const Params& p) {
-    constexpr int64_t kMany = 8;  // blocks for a multiprocessor
     const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
-    if (blocks >= kMany * ex.cuda->multiprocessors()) return launch_tiles<X, 4>(ex, p, blocks);
+    if (p.o >= kManyRows * ex.cuda->multiprocessors()) return launch_tiles<X, 4>(ex, p, blocks);
     launch_tiles<X, 3>(ex, p, blocks);
 }
 
@@ -265,11 +265,11 @@ template <class X, class W, int T>
 void choose_shape(const Exec& ex, const Params& p, bool packs) {
     constexpr int kPack = 16 / static_cast<int>(sizeof(W));
     // With more rows of W on a multiprocessor each lane takes several, so that x is read less often.
-    constexpr int64_t kSome = 32, kMany = 128;
+    constexpr int64_t kSome = 32;
     if (!packs) return launch<X, W, T, 1, kWarp, 1, 4>(ex, p);
     if (p.i <= 16 * kPack) return launch<X, W, T, 1, 8, kPack, 2>(ex, p);
     const int64_t each = p.o / ex.cuda->multiprocessors();
-    if (each >= (T == 8 ? kSome / 2 : kMany)) return launch<X, W, T, 4, kWarp, kPack, 2>(ex, p);
+    if (each >= (T == 8 ? kSome / 2 : kManyRows)) return launch<X, W, T, 4, kWarp, kPack, 2>(ex, p);
     if (each >= (T >= 4 ? kSome / 4 : kSome)) return launch<X, W, T, 2, kWarp, kPack, 2>(ex, p);
     launch<X, W, T, 1, kWarp, kPack, T <= 2 && sizeof(W) == 2 ? 8 : 4>(ex, p);
 }
@@ -282,7 +282,8 @@ void choose_rows(const Exec& ex, const Params& p) {
                        packable(static_cast<const W*>(p.weight), p.weight_stride, kPack) &&
                        packable(static_cast<const X*>(p.x), p.x_stride, kPackX);
     if constexpr (sizeof(W) == 2) {
-        if (packs && p.t > 4 && p.i > 16 * kPack) return choose_tiles<X>(ex, p);
+        const bool many = p.o >= kManyRows * ex.cuda->multiprocessors();
+        if (packs && p.t > (many ? 2 : 4) && p.i > 16 * kPack) return choose_tiles<X>(ex, p);
     }
     if (p.t <= 1) return choose_shape<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_shape<X, W, 2>(ex, p, packs);
