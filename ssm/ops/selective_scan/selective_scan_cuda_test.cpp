@@ -272,7 +272,7 @@ TYPED_TEST(SelectiveScanCuda, SameBytesFromRunToRun) {
     for (int i = 0; i < 3; ++i) EXPECT_EQ(first, two.backward());
 }
 
-// Steps of 1e-9 to 60 and decays from 1 to 0, over thousands of tokens.
+// Thousands of tokens, split over time and not.
 TEST(SelectiveScanCudaNumerics, HoldsForLongSequences) {
     for (const auto mode : {TimeParallel::never, TimeParallel::always})
         check<float>({.d = 64, .lengths = {4096}, .options = {.time_parallel = mode}});
