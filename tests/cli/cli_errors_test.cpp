@@ -29,7 +29,7 @@ Strings commands() {
 
 TEST(CliUsage, HelpOfEveryCommand) {
     const Strings names = commands();
-    for (const char* name : {"generate", "eval", "verify", "inspect", "convert", "bench"})
+    for (const char* name : {"generate", "eval", "verify", "inspect", "convert", "bench", "doctor"})
         EXPECT_TRUE(std::ranges::count(names, name) == 1) << name;
     for (const std::string& name : names) {
         const ProgramResult r = run_ssm({name, "--help"});

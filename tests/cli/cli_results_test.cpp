@@ -227,6 +227,19 @@ TEST(CliBench, Json) {
 }
 
 // There and back is the same bytes; in between, the same tokens.
+TEST(CliDoctor, Json) {
+    const json r = json_of({"doctor", "--threads", "1", "--json"});
+    EXPECT_EQ(r["cpu"]["threads"], 1);
+    EXPECT_NE(r["cpu"]["instructions"], "");
+    for (const char* key :
+         {"read_gigabytes_per_second", "f32_gigaflop_per_second", "bf16_gigaflop_per_second"})
+        EXPECT_GT(r["cpu"][key], 0) << key;
+    // With a GPU every operator was compared; without one it says why there is none.
+    EXPECT_EQ(r["gpus"].empty(), r.contains("no_gpu"));
+    EXPECT_EQ(r["gpus"].empty(), r["checks"].empty());
+    for (const json& check : r["checks"]) EXPECT_EQ(check["ok"], true) << check;
+}
+
 TEST(CliConvert, RoundTrip) {
     const ByteModel m;
     const TempFolder folder;
