@@ -7,8 +7,8 @@
 namespace ssm {
 namespace {
 
-constexpr int64_t kStreamPiece =
-    512;  // tokens of a carried sequence at a time: as fast as more, in less memory
+// Tokens of a carried sequence at a time: as fast as more, in less memory.
+constexpr int64_t kStreamPiece = 512;
 
 // Adds the likelihood of the tokens begin+1 .. end given those from begin on, split at `cu_seqlens`.
 void add_piece(const Exec& ex, LanguageModel& model, std::span<const int32_t> ids, int64_t begin, int64_t end,

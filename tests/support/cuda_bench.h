@@ -16,7 +16,8 @@
 
 namespace ssm::test {
 
-// Bytes per second, reads and writes, of a copy on one H100 (measured: bench/results).
+// Bytes per second, reads and writes, of a device copy on an H100: a machine constant, not measured in this
+// run.
 inline constexpr double kCopyRate = 3.02e12;
 
 template <class T>
