@@ -97,9 +97,8 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias) {
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
             const auto [gx, gw] = targets(ex, {x, weight});
-            linear_backward(ex, y.grad(ex).view<const float, 2>(), x.value(),
-                            weight.value().view<const float, 2>(), gx.view, gw.view, grad_if<1>(ex, bias),
-                            {.x = gx.fresh, .weight = gw.fresh});
+            linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor, gw.view,
+                            grad_if<1>(ex, bias), {.x = gx.fresh, .weight = gw.fresh});
         });
     }
     return y;
@@ -403,10 +402,9 @@ Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<co
         const Tensor weights = Tensor::from_floats({t}, each).to(ctx.exec);
         Tensor grad_hidden = Tensor::zeros(ctx.exec, hidden.value().shape());
         Tensor grad_weight = Tensor::zeros(ctx.exec, weight.value().shape());
-        linear_cross_entropy_backward(ctx.exec, hidden.value().view<const float, 2>(),
-                                      weight.value().view<const float, 2>(), there.view<const int32_t, 1>(),
-                                      weights.view<const float, 1>(), nll.view<float, 1>(),
-                                      grad_hidden.view<float, 2>(), grad_weight.view<float, 2>());
+        linear_cross_entropy_backward(ctx.exec, hidden.value(), weight.value(),
+                                      there.view<const int32_t, 1>(), weights.view<const float, 1>(),
+                                      nll.view<float, 1>(), grad_hidden, grad_weight.view<float, 2>());
         ctx.tape->record([&ex = ctx.exec, hidden, weight, grad_hidden, grad_weight] {
             if (hidden.requires_grad()) hidden.add_grad(ex, grad_hidden);
             if (weight.requires_grad()) weight.add_grad(ex, grad_weight);

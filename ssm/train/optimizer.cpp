@@ -19,12 +19,25 @@ Optimizer::Optimizer(Exec exec, std::vector<TrainedParameter> parameters, Optimi
         m_.push_back(Tensor::zeros(p.value.shape()));
         v_.push_back(Tensor::zeros(p.value.shape()));
     }
+    std::vector<AdamWParameter> all;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+        const TrainedParameter& p = parameters_[i];
+        all.push_back({p.value.view<float, 1>(),
+                       p.grad.view<float, 1>(),
+                       m_[i].view<float, 1>(),
+                       v_[i].view<float, 1>(),
+                       {},
+                       p.weight_decay ? static_cast<float>(options_.weight_decay) : 0.0f});
+    }
+    table_ = std::make_unique<AdamWTable>(exec_, std::move(all));
 }
 
+Optimizer::~Optimizer() = default;
+
 double Optimizer::gradient_norm() const {
-    double sum = 0;
-    for (const TrainedParameter& p : parameters_) sum += squared_norm(exec_, p.grad.view<const float, 1>());
-    return std::sqrt(sum);
+    float norm = 0;
+    ssm::gradient_norm(exec_, *table_, {&norm, {1}});
+    return static_cast<double>(norm);
 }
 
 const TrainedParameter* Optimizer::broken_gradient() const {
@@ -42,19 +55,16 @@ void Optimizer::zero_gradients() const {
 }
 
 void Optimizer::step(int64_t step, double learning_rate, double scale) const {
-    AdamWOptions o{.lr = static_cast<float>(learning_rate),
-                   .beta1 = static_cast<float>(options_.beta1),
-                   .beta2 = static_cast<float>(options_.beta2),
-                   .eps = static_cast<float>(options_.eps),
-                   .step = step,
-                   .grad_scale = static_cast<float>(scale)};
-    for (size_t i = 0; i < parameters_.size(); ++i) {
-        const TrainedParameter& p = parameters_[i];
-        o.weight_decay = p.weight_decay ? static_cast<float>(options_.weight_decay) : 0.0f;
-        adamw_step(exec_, p.value.view<float, 1>(), p.grad.view<const float, 1>(), m_[i].view<float, 1>(),
-                   v_[i].view<float, 1>(), o);
-        p.grad.fill_zero();
-    }
+    const AdamWOptions o{.beta1 = static_cast<float>(options_.beta1),
+                         .beta2 = static_cast<float>(options_.beta2),
+                         .eps = static_cast<float>(options_.eps),
+                         .clip = static_cast<float>(scale)};
+    const auto bias = [&](float beta) {
+        return static_cast<float>(1.0 - std::pow(static_cast<double>(beta), static_cast<double>(step)));
+    };
+    const float rates[] = {static_cast<float>(learning_rate), bias(o.beta1), bias(o.beta2)};
+    const float one = 1.0f;  // min(1, clip / norm) is the scale
+    adamw_step(exec_, *table_, o, {rates, {3}}, {&one, {1}});
 }
 
 void Optimizer::save(const std::filesystem::path& file) const {

@@ -7,12 +7,15 @@
 #pragma once
 
 #include <filesystem>
+#include <memory>
 #include <vector>
 
 #include "ssm/core/exec.h"
 #include "ssm/train/trainable.h"
 
 namespace ssm {
+
+class AdamWTable;
 
 struct OptimizerOptions {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
@@ -22,6 +25,7 @@ class Optimizer {
 public:
     // Throws when a parameter is not dense f32 or two have one name.
     Optimizer(Exec exec, std::vector<TrainedParameter> parameters, OptimizerOptions options);
+    ~Optimizer();
 
     const std::vector<TrainedParameter>& parameters() const { return parameters_; }
     double gradient_norm() const;
@@ -40,6 +44,7 @@ private:
     std::vector<TrainedParameter> parameters_;
     OptimizerOptions options_;
     std::vector<Tensor> m_, v_;
+    std::unique_ptr<AdamWTable> table_;
 };
 
 }  // namespace ssm

@@ -142,7 +142,7 @@ TEST(Elementwise, SumsAndProducts) {
             y.assign(std::vector<float>(u.size(), NAN));
             multiply(ex, a.view(), b.view(), y.view());
             EXPECT_EQ(y.values(), product);
-            accumulate(ex, a.view(), y.view(), 0.25f);
+            accumulate<float, float>(ex, a.view(), y.view(), 0.25f);
             test::expect_close(y.values(), scaled, 1e-6, "accumulate");
             multiply_backward(ex, a.view(), b.view(), grad_y.view(), grad_a.view(), {});
             multiply_backward(ex, a.view(), b.view(), grad_y.view(), {}, grad_b.view());
@@ -204,7 +204,8 @@ TEST(Elementwise, Errors) {
     expect_error("[multiply] `b` must be [t d] = [2, 3] but is [3, 2]", [&] { multiply(ex, x, bad, y); });
     expect_error("[multiply_backward] `grad_b` must be [t d] = [2, 3] but is [3, 2]",
                  [&] { multiply_backward(ex, x, x, x, y, bad); });
-    expect_error("[accumulate] `y` must be [t d] = [2, 3] but is [3, 2]", [&] { accumulate(ex, x, bad); });
+    expect_error("[accumulate] `y` must be [t d] = [2, 3] but is [3, 2]",
+                 [&] { accumulate<float, float>(ex, x, bad); });
     expect_error("[cast] `y` must be [t d] = [2, 3] but is [3, 2]", [&] { cast<float, float>(ex, x, bad); });
 }
 
