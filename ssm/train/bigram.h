@@ -37,19 +37,20 @@ private:
         double sum = 0;
         for (int64_t t = 0; t < batch.tokens(); ++t) {
             const int64_t row = batch.ids[t] * v_, target = batch.targets[t];
+            if (target < 0) continue;
             double total = 0;
             for (int64_t j = 0; j < v_; ++j)
                 total += p[j] = std::exp(static_cast<double>(table[row + j] + bias[j]));
             sum += std::log(total / p[target]);
             if (!gradients) continue;
-            const double scale = weight / static_cast<double>(batch.tokens());
+            const double scale = weight / static_cast<double>(batch.counted());
             for (int64_t j = 0; j < v_; ++j) {
                 const auto g = static_cast<float>(scale * (p[j] / total - (j == target ? 1.0 : 0.0)));
                 all_[0].grad.data<float>()[row + j] += g;
                 all_[1].grad.data<float>()[j] += g;
             }
         }
-        return sum / static_cast<double>(batch.tokens());
+        return sum / static_cast<double>(batch.counted());
     }
     int64_t v_;
     std::vector<TrainedParameter> all_;

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "ssm/train/bigram.h"
+#include "ssm/train/sampler.h"
 #include "ssm/train/test_files.h"
 #include "ssm/train/trainer.h"
 #include "tests/support/compare.h"
@@ -24,6 +25,8 @@ using test::TempFolder;
 using test::write_text;
 namespace fs = std::filesystem;
 
+constexpr BatchSamplerOptions kSampler{.length = 16, .batch = 2, .seed = 3};
+
 class InterruptionTest : public ::testing::Test {
 protected:
     TokenFile tokens() {
@@ -33,7 +36,6 @@ protected:
     TrainOptions options(const std::string& out) {
         TrainOptions o;
         o.out = dir_ / out;
-        o.sampler = {.length = 16, .batch = 2, .seed = 3};
         o.steps = 60;
         o.schedule = {.peak = 0.05, .floor = 0.005, .warmup = 5};
         o.log_every = 1;
@@ -42,7 +44,11 @@ protected:
     }
     TrainSummary train(const TrainOptions& o) {
         Bigram model(256);
-        return Trainer(exec_, model, {{train_, 1.0}}, {}, o, true, nullptr).run();
+        return Trainer(exec_, model, source(), nullptr, o, true, nullptr).run();
+    }
+
+    std::unique_ptr<BatchSampler> source() const {
+        return std::make_unique<BatchSampler>(std::vector<WeightedFile>{{train_, 1.0}}, kSampler);
     }
 
     TempFolder dir_;
@@ -126,7 +132,7 @@ TEST_F(InterruptionTest, LeftoversAreIgnored) {
         Bigram model(256);
         const std::atomic<bool> stop = true;
         TrainOptions o = parts;
-        Trainer(exec_, model, {{train_, 1.0}}, {}, o, true, nullptr).run(&stop);
+        Trainer(exec_, model, source(), nullptr, o, true, nullptr).run(&stop);
     }
     const fs::path checkpoints = parts.out / "checkpoints";
     fs::create_directory(checkpoints / ".writing");
@@ -162,12 +168,11 @@ int with_file_limit(rlim_t bytes, const std::function<void()>& f) {
 
 TEST_F(InterruptionTest, WithoutRoomItStopsBeforeTraining) {
     const TrainOptions o = options("full");
-    EXPECT_EQ(with_file_limit(
-                  10000,
-                  [&] {
-                      Trainer(exec_, *std::make_unique<Bigram>(256), {{train_, 1.0}}, {}, o, false, nullptr);
-                  }),
-              3);
+    EXPECT_EQ(
+        with_file_limit(
+            10000,
+            [&] { Trainer(exec_, *std::make_unique<Bigram>(256), source(), nullptr, o, false, nullptr); }),
+        3);
     EXPECT_FALSE(RunFolder::latest(o.out).has_value());
     EXPECT_EQ(train(o).step, 60) << "the folder is still good";
 }

@@ -26,6 +26,7 @@ std::string to_line(const MetricsRow& r) {
               {"seconds", r.seconds}};
     if (r.valid_loss) o["valid_loss"] = *r.valid_loss;
     if (r.bits_per_byte) o["bits_per_byte"] = *r.bits_per_byte;
+    if (r.accuracy) o["accuracy"] = *r.accuracy;
     return o.dump() + '\n';
 }
 
@@ -47,6 +48,7 @@ std::optional<MetricsRow> from_line(std::string_view line) {
     r.seconds = number("seconds").value_or(0);
     r.valid_loss = number("valid_loss");
     r.bits_per_byte = number("bits_per_byte");
+    r.accuracy = number("accuracy");
     return r;
 }
 

@@ -4,7 +4,7 @@
 //    "tokens_per_second": 7200, "seconds": 5.7, "valid_loss": 3.1, "bits_per_byte": 4.5}
 //
 // `loss` is the mean over the steps since the line before, in nats per token; the last two only where the
-// model was validated.
+// model was validated; there a task has "accuracy" instead of "bits_per_byte".
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct MetricsRow {
     double epoch = 0, loss = 0, learning_rate = 0, gradient_norm = 0;
     double tokens_per_second = 0;
     double seconds = 0;  // of work since the start of the run, over all resumptions
-    std::optional<double> valid_loss, bits_per_byte;
+    std::optional<double> valid_loss, bits_per_byte, accuracy;
 };
 
 class MetricsLog {

@@ -19,6 +19,7 @@ std::string text_of(const ProgressStatus& s) {
                                    100 * s.share, s.step, s.loss, s.learning_rate, s.tokens_per_second);
     if (s.valid_loss) text += fmt::format("  valid {:.4f}", *s.valid_loss);
     if (s.bits_per_byte) text += fmt::format(" ({:.4f} bits/byte)", *s.bits_per_byte);
+    if (s.accuracy) text += fmt::format(" ({:.2f}% right)", 100 * *s.accuracy);
     return text + fmt::format("  {} left", format_duration(s.seconds_left));
 }
 

@@ -13,7 +13,7 @@ struct ProgressStatus {
     int64_t step = 0;
     double share = 0;  // of the run that is done, [0, 1]
     double loss = 0, learning_rate = 0, tokens_per_second = 0, seconds_left = 0;
-    std::optional<double> valid_loss, bits_per_byte;
+    std::optional<double> valid_loss, bits_per_byte, accuracy;
 };
 
 class Progress {

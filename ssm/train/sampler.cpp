@@ -79,6 +79,13 @@ BatchSampler::BatchSampler(std::vector<WeightedFile> files, BatchSamplerOptions 
     }
 }
 
+std::map<std::string, std::string> BatchSampler::identity() const {
+    return {{"length", std::to_string(options_.length)},
+            {"batch", std::to_string(options_.batch)},
+            {"seed", std::to_string(options_.seed)},
+            {"packed", options_.packed ? "true" : "false"}};
+}
+
 void BatchSampler::seek(SamplerState state) {
     require(state.position < epoch_size_, "sampler", "position {} is not in an epoch of {}", state.position,
             epoch_size_);

@@ -10,9 +10,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <string>
 #include <vector>
 
-#include "ssm/ops/sequences.h"
+#include "ssm/train/batch_source.h"
 #include "ssm/train/token_file.h"
 
 namespace ssm {
@@ -33,33 +35,23 @@ struct WeightedFile {
     double weight = 1.0;  // passes over the file in an epoch; 0.5: another half each time
 };
 
-// Packed sequences (ops/sequences.h) and what follows each token.
-struct Batch {
-    std::vector<int32_t> ids, targets;
-    std::vector<int64_t> cu_seqlens;
-    int64_t tokens() const { return static_cast<int64_t>(ids.size()); }
-};
-
 struct BatchSamplerOptions {
     int64_t length = 512, batch = 4;
     uint64_t seed = 0;
     bool packed = false;
 };
 
-struct SamplerState {
-    uint64_t epoch = 0, position = 0;
-    bool operator==(const SamplerState&) const = default;
-};
-
-class BatchSampler {
+class BatchSampler final : public BatchSource {
 public:
     // Throws when a file has no window of `length` tokens.
     BatchSampler(std::vector<WeightedFile> files, BatchSamplerOptions options);
 
-    void next(Batch& batch);
-    SamplerState state() const { return state_; }
-    void seek(SamplerState state);
-    uint64_t epoch_size() const { return epoch_size_; }  // windows or pieces
+    void next(Batch& batch) override;
+    SamplerState state() const override { return state_; }
+    void seek(SamplerState state) override;
+    uint64_t epoch_size() const override { return epoch_size_; }  // windows or pieces
+    int64_t tokens_per_batch() const override { return options_.batch * options_.length; }
+    std::map<std::string, std::string> identity() const override;
     int64_t epoch_tokens() const { return epoch_tokens_; }
 
 private:

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "ssm/core/tensor.h"
-#include "ssm/train/sampler.h"
+#include "ssm/train/batch_source.h"
 
 namespace ssm {
 
@@ -21,7 +21,8 @@ class Trainable {
 public:
     virtual ~Trainable() = default;
     virtual std::vector<TrainedParameter> parameters() = 0;
-    // Mean negative log-likelihood of the batch in nats; adds `weight` times its gradient to every grad.
+    // Mean negative log-likelihood of the batch's targets that count, in nats; adds `weight` times its
+    // gradient to every grad.
     virtual double add_gradients(const Batch& batch, double weight) = 0;
     // The same without gradients.
     virtual double loss(const Batch& batch) = 0;

@@ -28,12 +28,9 @@ private:
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-void add_identity(TrainOptions& o) {
-    o.identity["length"] = std::to_string(o.sampler.length);
-    o.identity["batch"] = std::to_string(o.sampler.batch);
+void add_identity(TrainOptions& o, const BatchSource& source) {
+    o.identity.merge(source.identity());
     o.identity["accumulate"] = std::to_string(o.accumulate);
-    o.identity["seed"] = std::to_string(o.sampler.seed);
-    o.identity["packed"] = o.sampler.packed ? "true" : "false";
 }
 
 void check(const TrainOptions& o) {
@@ -52,18 +49,18 @@ void check(const TrainOptions& o) {
 
 }  // namespace
 
-Trainer::Trainer(Exec exec, Trainable& model, std::vector<WeightedFile> train,
-                 std::vector<WeightedFile> valid, TrainOptions options, bool resume, std::FILE* progress)
+Trainer::Trainer(Exec exec, Trainable& model, std::unique_ptr<BatchSource> train,
+                 std::unique_ptr<Validator> valid, TrainOptions options, bool resume, std::FILE* progress)
     : exec_(std::move(exec)),
       model_(model),
+      source_(std::move(train)),
       valid_(std::move(valid)),
       options_((check(options), std::move(options))),
       folder_(options_.out),
       optimizer_(exec_, model.parameters(), options_.optimizer),
-      sampler_(std::move(train), options_.sampler),
       progress_(progress),
       batches_(static_cast<size_t>(options_.accumulate)) {
-    add_identity(options_);
+    add_identity(options_, *source_);
     const auto latest = RunFolder::latest(options_.out);
     if (latest && !resume) {
         fail(ErrorCode::invalid_argument, "train",
@@ -119,7 +116,7 @@ void Trainer::resume_from(const fs::path& checkpoint) {
     } catch (const nlohmann::json::exception&) {
         fail(ErrorCode::bad_file, "train", "`{}` is not a trainer's state", file.string());
     }
-    sampler_.seek(sampler);
+    source_->seek(sampler);
     Checkpoint weights = Checkpoint::open(checkpoint);
     for (const TrainedParameter& p : optimizer_.parameters()) {
         p.value.copy_from(weights.tensor(p.name, p.value.shape()));
@@ -135,7 +132,7 @@ void Trainer::write_checkpoint() {
         model_.save(folder);
         for (const auto& [name, content] : options_.files) write_file_atomic(folder / name, content);
         optimizer_.save(folder / kOptimizer);
-        const SamplerState s = sampler_.state();
+        const SamplerState s = source_->state();
         const Json state = {{"format", 1},
                             {"step", step_},
                             {"tokens", tokens_},
@@ -160,9 +157,8 @@ double Trainer::share() const {
 // The rate of `step`, the one after step_. With a limit in steps it depends on nothing but the step.
 double Trainer::rate(int64_t step) const {
     const double tokens_per_step =
-        step_ > 0
-            ? static_cast<double>(tokens_) / static_cast<double>(step_)
-            : static_cast<double>(options_.sampler.batch * options_.sampler.length * options_.accumulate);
+        step_ > 0 ? static_cast<double>(tokens_) / static_cast<double>(step_)
+                  : static_cast<double>(source_->tokens_per_batch() * options_.accumulate);
     double per_step = 0;
     if (options_.steps > 0) per_step = 1.0 / static_cast<double>(options_.steps);
     if (options_.tokens > 0)
@@ -174,15 +170,16 @@ double Trainer::rate(int64_t step) const {
 
 void Trainer::take_step() {
     const Stopwatch watch;
-    int64_t total = 0;
+    int64_t total = 0, counted = 0;
     for (Batch& b : batches_) {
-        sampler_.next(b);
+        source_->next(b);
         total += b.tokens();
+        counted += b.counted();
     }
     double loss = 0;
     for (const Batch& b : batches_) {
-        const double weight = static_cast<double>(b.tokens()) / static_cast<double>(total);
-        loss += weight * model_.add_gradients(b, weight);
+        const double weight = static_cast<double>(b.counted()) / static_cast<double>(counted);
+        if (weight != 0) loss += weight * model_.add_gradients(b, weight);
     }
     const double norm = optimizer_.gradient_norm();
     if (!std::isfinite(loss) || !std::isfinite(norm)) stop_not_finite(loss, norm);
@@ -210,25 +207,6 @@ void Trainer::stop_not_finite(double loss, double norm) const {
          step_ + 1, loss, where, checkpoint_.string());
 }
 
-Validation Trainer::validate() {
-    Validation v;
-    SequentialWindows windows(valid_, options_.sampler.length, options_.sampler.batch, options_.valid_tokens);
-    Batch batch;
-    double sum = 0;
-    while (windows.next(batch)) {
-        sum += model_.loss(batch) * static_cast<double>(batch.tokens());
-        v.tokens += batch.tokens();
-    }
-    double tokens = 0, bytes = 0;
-    for (const WeightedFile& f : valid_) {
-        tokens += static_cast<double>(f.tokens.tokens() - 1);
-        bytes += static_cast<double>(f.tokens.text_bytes());
-    }
-    v.loss = sum / static_cast<double>(v.tokens);
-    v.bits_per_byte = v.loss / std::log(2.0) * tokens / bytes;
-    return v;
-}
-
 ProgressStatus Trainer::status() const {
     const double now = share(), done = now - start_share_;
     ProgressStatus s;
@@ -247,22 +225,24 @@ void Trainer::write_row(std::optional<Validation> valid) {
         loss_ = since_.loss / static_cast<double>(since_.steps);
         tokens_per_second_ = static_cast<double>(since_.tokens) / since_.seconds;
     }
-    const SamplerState s = sampler_.state();
+    const SamplerState s = source_->state();
     MetricsRow row{.step = step_,
                    .tokens = tokens_,
                    .epoch = static_cast<double>(s.epoch) +
-                            static_cast<double>(s.position) / static_cast<double>(sampler_.epoch_size()),
+                            static_cast<double>(s.position) / static_cast<double>(source_->epoch_size()),
                    .loss = loss_,
                    .learning_rate = rate_,
                    .gradient_norm = norm_,
                    .tokens_per_second = tokens_per_second_,
                    .seconds = seconds_,
                    .valid_loss = {},
-                   .bits_per_byte = {}};
+                   .bits_per_byte = {},
+                   .accuracy = {}};
     ProgressStatus shown = status();
     if (valid) {
         shown.valid_loss = row.valid_loss = valid->loss;
         shown.bits_per_byte = row.bits_per_byte = valid->bits_per_byte;
+        shown.accuracy = row.accuracy = valid->accuracy;
     }
     metrics_->append(row);
     progress_.report(shown);
@@ -277,7 +257,7 @@ TrainSummary Trainer::run(const std::atomic<bool>* stop) {
         take_step();
         const bool last = share() >= 1;
         stopped = !last && stop != nullptr && stop->load();
-        const bool validated = !valid_.empty() && due(options_.valid_every, last) && !stopped;
+        const bool validated = valid_ != nullptr && due(options_.valid_every, last) && !stopped;
         if (validated) last_valid_ = validate();
         const bool saved = due(options_.checkpoint_every, last || stopped);
         if (validated || saved || due(options_.log_every, last)) {

@@ -1,7 +1,7 @@
-// The trainer: sampler -> gradients of `accumulate` batches -> clipping -> AdamW, with validation,
+// The trainer: batches -> gradients of `accumulate` batches -> clipping -> AdamW, with validation,
 // checkpoints and metrics.
 //
-//   gradient  g = sum_i (tokens_i / tokens) grad mean_nll_i      over the batches i of a step
+//   gradient  g = sum_i (n_i / n) grad mean_nll_i      over the batches i of a step, n_i counted targets each
 //   clipping  g * min(1, clip / ||g||)
 //
 // Everything that decides the next step is in a checkpoint, so a resumed run continues to the same bytes as
@@ -17,19 +17,19 @@
 #include <vector>
 
 #include "ssm/core/exec.h"
+#include "ssm/train/batch_source.h"
 #include "ssm/train/metrics.h"
 #include "ssm/train/optimizer.h"
 #include "ssm/train/progress.h"
 #include "ssm/train/run_folder.h"
-#include "ssm/train/sampler.h"
 #include "ssm/train/schedule.h"
 #include "ssm/train/trainable.h"
+#include "ssm/train/validator.h"
 
 namespace ssm {
 
 struct TrainOptions {
     std::filesystem::path out;
-    BatchSamplerOptions sampler;
     int64_t accumulate = 1;
     // The end: the first of these that is reached; 0: no such limit.
     int64_t steps = 0, tokens = 0;
@@ -39,17 +39,10 @@ struct TrainOptions {
     double clip = 1.0;                                                   // 0: no clipping
     int64_t log_every = 10, checkpoint_every = 1000, valid_every = 500;  // steps; 0: only at the end
     int64_t keep = 2;                                                    // checkpoints
-    int64_t valid_tokens = 0;                                            // 0: all
-    // What must be the same when the run is resumed, beside the sampler's options; by name, for the message.
+    // What must be the same when the run is resumed, beside what the source says; by name, for the message.
     std::map<std::string, std::string> identity;
     // Written beside the model: name -> content (tokenizer.json).
     std::map<std::string, std::string> files;
-};
-
-struct Validation {
-    double loss = 0;           // nats per token
-    double bits_per_byte = 0;  // loss / ln 2 * tokens / bytes of the whole validation text
-    int64_t tokens = 0;
 };
 
 struct TrainSummary {
@@ -63,10 +56,10 @@ struct TrainSummary {
 
 class Trainer {
 public:
-    // Opens the folder. With `resume` continues from its newest checkpoint if there is one; without, a folder
-    // that has checkpoints is refused. Throws Error (io, invalid_argument) before any work is done; in a new
-    // run the first checkpoint, of step 0, shows that the disk can be written.
-    Trainer(Exec exec, Trainable& model, std::vector<WeightedFile> train, std::vector<WeightedFile> valid,
+    // `valid` may be null. Opens the folder. With `resume` continues from its newest checkpoint if there is
+    // one; without, a folder that has checkpoints is refused. Throws Error (io, invalid_argument) before any
+    // work is done; in a new run the first checkpoint, of step 0, shows that the disk can be written.
+    Trainer(Exec exec, Trainable& model, std::unique_ptr<BatchSource> train, std::unique_ptr<Validator> valid,
             TrainOptions options, bool resume, std::FILE* progress);
 
     // To the end, or until `stop` becomes true: then the step is finished and a checkpoint written. Throws
@@ -74,7 +67,7 @@ public:
     // checkpoint.
     TrainSummary run(const std::atomic<bool>* stop = nullptr);
 
-    Validation validate();
+    Validation validate() { return valid_->validate(); }
     int64_t step() const { return step_; }
     int64_t tokens() const { return tokens_; }
 
@@ -96,11 +89,11 @@ private:
 
     Exec exec_;
     Trainable& model_;
-    std::vector<WeightedFile> valid_;
+    std::unique_ptr<BatchSource> source_;
+    std::unique_ptr<Validator> valid_;
     TrainOptions options_;
     RunFolder folder_;
     Optimizer optimizer_;
-    BatchSampler sampler_;
     std::unique_ptr<MetricsLog> metrics_;
     Progress progress_;
     std::vector<Batch> batches_;

@@ -12,7 +12,9 @@
 
 #include "ssm/models/registry.h"
 #include "ssm/train/bigram.h"
+#include "ssm/train/hash.h"
 #include "ssm/train/test_files.h"
+#include "ssm/train/text_validator.h"
 #include "ssm/train/trained_language_model.h"
 #include "tests/support/compare.h"
 
@@ -25,14 +27,18 @@ using test::read_file;
 using test::TempFolder;
 using test::write_text;
 
+struct TextOptions : TrainOptions {
+    BatchSamplerOptions sampler;
+};
+
 class TrainerTest : public ::testing::Test {
 protected:
     TokenFile tokens(const std::string& name, int words, uint64_t seed) {
         return TokenFile::open(exec_, write_text(dir_ / name, test::story(words, seed)), dir_ / "cache",
                                byte_encoder());
     }
-    TrainOptions options(const std::string& out) {
-        TrainOptions o;
+    TextOptions options(const std::string& out) {
+        TextOptions o;
         o.out = dir_ / out;
         o.sampler = {.length = 16, .batch = 4, .seed = 3};
         o.steps = 40;
@@ -42,8 +48,12 @@ protected:
         o.valid_every = 20;
         return o;
     }
-    Trainer trainer(Trainable& model, const TrainOptions& o, bool resume = false) {
-        return Trainer(exec_, model, {{train_, 1.0}}, {{valid_, 1.0}}, o, resume, nullptr);
+    Trainer trainer(Trainable& model, const TextOptions& o, bool resume = false) {
+        return Trainer(exec_, model,
+                       std::make_unique<BatchSampler>(std::vector<WeightedFile>{{train_, 1.0}}, o.sampler),
+                       std::make_unique<TextValidator>(model, std::vector<WeightedFile>{{valid_, 1.0}},
+                                                       o.sampler.length, o.sampler.batch),
+                       o, resume, nullptr);
     }
     std::vector<nlohmann::json> metrics(const TrainOptions& o) {
         std::vector<nlohmann::json> rows;
@@ -78,7 +88,7 @@ std::string bytes_of(const std::filesystem::path& checkpoint) {
 
 TEST_F(TrainerTest, LearnsAndReports) {
     Bigram model(256);
-    const TrainOptions o = options("a");
+    const TextOptions o = options("a");
     Trainer t = trainer(model, o);
     EXPECT_NEAR(t.validate().loss, std::log(256.0), 1e-6) << "a table of zeros";
     const TrainSummary s = t.run();
@@ -88,7 +98,7 @@ TEST_F(TrainerTest, LearnsAndReports) {
     ASSERT_TRUE(s.valid.has_value());
     EXPECT_LT(s.valid->loss, 4.0);
     EXPECT_EQ(s.valid->tokens, valid_.tokens() - 1);
-    EXPECT_NEAR(s.valid->bits_per_byte,
+    EXPECT_NEAR(s.valid->bits_per_byte.value(),
                 s.valid->loss / std::log(2.0) * static_cast<double>(valid_.tokens() - 1) /
                     static_cast<double>(valid_.text_bytes()),
                 1e-9);
@@ -147,7 +157,7 @@ TEST_F(TrainerTest, AStepOfSmallBatchesIsAStepOfOneLargeBatch) {
     std::vector<nlohmann::json> rows[2];
     for (const int64_t accumulate : {1, 4}) {
         Bigram model(256);
-        TrainOptions o = options("accumulate" + std::to_string(accumulate));
+        TextOptions o = options("accumulate" + std::to_string(accumulate));
         o.sampler.batch = 8 / accumulate;
         o.accumulate = accumulate;
         o.steps = 10;
@@ -166,11 +176,57 @@ TEST_F(TrainerTest, AStepOfSmallBatchesIsAStepOfOneLargeBatch) {
     }
 }
 
+// Batches whose targets count here and there: 64 tokens a step, as one batch or as four.
+class Sparse final : public BatchSource {
+public:
+    explicit Sparse(int64_t batches) : batches_(batches) {}
+    void next(Batch& batch) override {
+        const uint64_t length = 64 / static_cast<uint64_t>(batches_);
+        batch = {.ids = {}, .targets = {}, .cu_seqlens = {0, static_cast<int64_t>(length)}};
+        for (uint64_t i = 0; i < length; ++i, ++position_) {
+            const uint64_t x = mix64(position_);
+            const bool counts = position_ % 64 < 48 ? x % 3 == 0 : x % 16 == 0;
+            batch.ids.push_back(static_cast<int32_t>(x >> 32 & 255));
+            batch.targets.push_back(counts ? static_cast<int32_t>(x >> 40 & 255) : -1);
+        }
+    }
+    SamplerState state() const override { return {0, position_}; }
+    void seek(SamplerState state) override { position_ = state.position; }
+    uint64_t epoch_size() const override { return uint64_t{1} << 63; }
+    int64_t tokens_per_batch() const override { return 64 / batches_; }
+    std::map<std::string, std::string> identity() const override { return {}; }
+
+private:
+    int64_t batches_;
+    uint64_t position_ = 0;
+};
+
+TEST_F(TrainerTest, BatchesWeighByTheirTargetsThatCount) {
+    std::vector<nlohmann::json> rows[2];
+    for (const int64_t accumulate : {1, 4}) {
+        Bigram bigram(256);
+        TrainOptions o = options("counted" + std::to_string(accumulate));
+        o.accumulate = accumulate;
+        o.steps = 10;
+        o.log_every = 1;
+        Trainer(exec_, bigram, std::make_unique<Sparse>(accumulate), nullptr, o, false, nullptr).run();
+        rows[accumulate == 4] = metrics(o);
+    }
+    ASSERT_EQ(rows[0].size(), 10u);
+    ASSERT_EQ(rows[1].size(), 10u);
+    for (size_t i = 0; i < 10; ++i) {
+        for (const char* key : {"tokens", "loss", "gradient_norm"}) {
+            const double x = rows[0][i][key];
+            EXPECT_NEAR(rows[1][i][key].get<double>(), x, 1e-4 * x) << key << " of step " << i + 1;
+        }
+    }
+}
+
 TEST_F(TrainerTest, GradientsAreClippedByTheGlobalNorm) {
     // AdamW does not see a constant factor, so look at its first moment: (1 - beta1) g after one step.
     for (const double clip : {0.0, 0.01}) {
         Bigram model(256);
-        TrainOptions o = options(clip > 0 ? "clipped" : "free");
+        TextOptions o = options(clip > 0 ? "clipped" : "free");
         o.steps = 1;
         o.clip = clip;
         Trainer t = trainer(model, o);
@@ -201,7 +257,7 @@ TEST_F(TrainerTest, WeightDecaySparesVectors) {
 TEST_F(TrainerTest, ResumedEqualsUninterrupted) {
     for (const bool packed : {false, true}) {
         const auto at = [&](const char* name) {
-            TrainOptions o = options(std::string(name) + (packed ? "-packed" : ""));
+            TextOptions o = options(std::string(name) + (packed ? "-packed" : ""));
             o.sampler.packed = packed;
             o.accumulate = 2;
             o.steps = 12;
@@ -235,7 +291,7 @@ TEST_F(TrainerTest, ResumedEqualsUninterrupted) {
 }
 
 TEST_F(TrainerTest, MetricsAreCutToTheCheckpoint) {
-    TrainOptions o = options("cut");
+    TextOptions o = options("cut");
     {
         Bigram model(256);
         o.checkpoint_every = 0;
@@ -261,7 +317,7 @@ TEST_F(TrainerTest, NotANumberStopsAndNamesTheParameter) {
     model.after = [&](Bigram& b) {
         if (++calls == 13) b.parameters()[1].grad.data<float>()[7] = std::numeric_limits<float>::quiet_NaN();
     };
-    const TrainOptions o = options("nan");
+    const TextOptions o = options("nan");
     Trainer t = trainer(model, o);
     const std::string message = error_of([&] { t.run(); });
     EXPECT_TRUE(message.starts_with("[train] step 13: the loss is ")) << message;
@@ -275,47 +331,47 @@ TEST_F(TrainerTest, NotANumberStopsAndNamesTheParameter) {
 TEST_F(TrainerTest, Errors) {
     const auto error = [&](auto change, bool resume = false) {
         Bigram model(256);
-        TrainOptions o = options("errors");
+        TextOptions o = options("errors");
         change(o);
         return error_of([&] { trainer(model, o, resume); });
     };
-    EXPECT_EQ(error([](TrainOptions& o) { o.steps = 0; }),
+    EXPECT_EQ(error([](TextOptions& o) { o.steps = 0; }),
               "[train] a run needs an end: steps, tokens or minutes");
-    EXPECT_EQ(error([](TrainOptions& o) { o.keep = 0; }), "[train] keep must be at least 1 but is 0");
-    EXPECT_EQ(error([](TrainOptions& o) { o.schedule.peak = NAN; }),
+    EXPECT_EQ(error([](TextOptions& o) { o.keep = 0; }), "[train] keep must be at least 1 but is 0");
+    EXPECT_EQ(error([](TextOptions& o) { o.schedule.peak = NAN; }),
               "[train] the learning rate must be positive but is nan");
-    EXPECT_EQ(error([](TrainOptions& o) { o.schedule.floor = 1; }),
+    EXPECT_EQ(error([](TextOptions& o) { o.schedule.floor = 1; }),
               "[train] the lowest learning rate 1 is not in [0, 0.05]");
-    EXPECT_EQ(error([](TrainOptions&) {}), "(no error)");
+    EXPECT_EQ(error([](TextOptions&) {}), "(no error)");
     const std::string out = (dir_ / "errors").string();
     EXPECT_EQ(
-        error([](TrainOptions&) {}),
+        error([](TextOptions&) {}),
         fmt::format(
             "[train] `{}` has a run already (step 0); continue it with --resume or choose another folder",
             out));
-    EXPECT_EQ(error([](TrainOptions& o) { o.sampler.length = 8; }, true),
+    EXPECT_EQ(error([](TextOptions& o) { o.sampler.length = 8; }, true),
               fmt::format("[train] cannot resume `{}`: `length` was 16 but is 8 now", out));
-    EXPECT_EQ(error([](TrainOptions& o) { o.identity["data"] = "x"; }, true),
+    EXPECT_EQ(error([](TextOptions& o) { o.identity["data"] = "x"; }, true),
               fmt::format("[train] cannot resume `{}`: `data` was absent but is x now", out));
     write_text(dir_ / "errors/checkpoints/step-00000000/trainer.json", "{}");
     EXPECT_EQ(
-        error([](TrainOptions&) {}, true),
+        error([](TextOptions&) {}, true),
         fmt::format("[train] `{}/checkpoints/step-00000000/trainer.json` is not a trainer's state", out));
     Bigram model(256), other(256);
-    const TrainOptions o = options("locked");
+    const TextOptions o = options("locked");
     Trainer first = trainer(model, o);
     EXPECT_EQ(error_of([&] { trainer(other, o, true); }),
               fmt::format("[train] `{}` is in use by another run", o.out.string()));
     write_text(dir_ / "file", "");
     EXPECT_EQ(
-        error([&](TrainOptions& p) { p.out = dir_ / "file/out"; }),
+        error([&](TextOptions& p) { p.out = dir_ / "file/out"; }),
         fmt::format("[train] cannot create `{}`: Not a directory", (dir_ / "file/out/checkpoints").string()));
 }
 
 TEST_F(TrainerTest, MambaLearnsAndValidatesWithItsNewWeights) {
     auto model = mamba();
     TrainedLanguageModel trained(exec_, *model);
-    TrainOptions o = options("mamba");
+    TextOptions o = options("mamba");
     o.steps = 60;
     o.schedule = {.peak = 0.01, .floor = 0.001, .warmup = 5};
     Trainer t = trainer(trained, o);
@@ -326,7 +382,7 @@ TEST_F(TrainerTest, MambaLearnsAndValidatesWithItsNewWeights) {
     // A packed weight left over from the first validation would show here.
     auto loaded = load_model(o.out, DType::f32);
     TrainedLanguageModel again(exec_, *loaded);
-    TrainOptions p = options("again");
+    TextOptions p = options("again");
     EXPECT_DOUBLE_EQ(trainer(again, p).validate().loss, s.valid->loss);
 }
 
@@ -336,7 +392,7 @@ TEST_F(TrainerTest, ThreadsDoNotChangeTheResult) {
         exec_ = make_cpu_exec(threads);
         auto model = mamba();
         TrainedLanguageModel trained(exec_, *model);
-        TrainOptions o = options("threads" + std::to_string(threads));
+        TextOptions o = options("threads" + std::to_string(threads));
         o.steps = 5;
         const TrainSummary s = trainer(trained, o).run();
         const std::string bytes = read_file(s.checkpoint / "model.safetensors");
@@ -348,7 +404,7 @@ TEST_F(TrainerTest, ThreadsDoNotChangeTheResult) {
 TEST_F(TrainerTest, MemoryDoesNotGrow) {
     auto model = mamba();
     TrainedLanguageModel trained(exec_, *model);
-    TrainOptions o = options("memory");
+    TextOptions o = options("memory");
     o.steps = 6;
     trainer(trained, o).run();
     const size_t in_use = exec_.allocator->bytes_in_use(), peak = exec_.allocator->peak_bytes();

@@ -16,6 +16,7 @@
 #include "ssm/models/registry.h"
 #include "ssm/train/encoder.h"
 #include "ssm/train/hash.h"
+#include "ssm/train/text_validator.h"
 #include "ssm/train/trained_language_model.h"
 #include "ssm/train/trainer.h"
 
@@ -31,6 +32,8 @@ struct Options {
     double repeat = 1;
     NewModel shape;
     DocumentOptions documents;
+    BatchSamplerOptions sampler;
+    int64_t valid_tokens = 0;  // 0: all
     TrainOptions train;
     std::string dtype = "f32";
     int threads = 0;
@@ -102,7 +105,7 @@ std::unique_ptr<LanguageModel> load_for_training(const fs::path& dir) {
 std::unique_ptr<LanguageModel> make_model(const Options& o, const TextEncoder& encoder) {
     if (!o.init_from.empty()) return load_for_training(o.init_from);
     auto model = build_model(config_of(o, encoder), o.config.empty() ? "config" : o.config);
-    model->initialise(o.train.sampler.seed);
+    model->initialise(o.sampler.seed);
     return model;
 }
 
@@ -132,7 +135,7 @@ Json to_json(const TrainSummary& s, int64_t parameters) {
               {"stopped", s.stopped}};
     if (s.valid) {
         j["valid_loss"] = s.valid->loss;
-        j["bits_per_byte"] = s.valid->bits_per_byte;
+        j["bits_per_byte"] = s.valid->bits_per_byte.value();
         j["valid_tokens"] = s.valid->tokens;
     }
     return j;
@@ -203,8 +206,13 @@ void run(Options& o, const CLI::App& command) {
                      {"generation_config.json", generation_config(encoder)}};
 
     TrainedLanguageModel trained(ex, *model);
-    Trainer trainer(ex, trained, std::move(data), std::move(valid), o.train, o.resume,
-                    o.quiet ? nullptr : stderr);
+    std::unique_ptr<Validator> validator;
+    if (!valid.empty()) {
+        validator = std::make_unique<TextValidator>(trained, std::move(valid), o.sampler.length,
+                                                    o.sampler.batch, o.valid_tokens);
+    }
+    Trainer trainer(ex, trained, std::make_unique<BatchSampler>(std::move(data), o.sampler),
+                    std::move(validator), o.train, o.resume, o.quiet ? nullptr : stderr);
     notes.push_back(fmt::format("{}: {} parameters; {} at step {}", model->spec().architecture,
                                 model->parameter_count(), trainer.step() > 0 ? "resumes" : "starts",
                                 trainer.step()));
@@ -266,18 +274,18 @@ void add_data_options(CLI::App& c, Options& o) {
         ->capture_default_str();
     c.add_option("--text-field", o.documents.field, "Field of a .jsonl line")->capture_default_str();
     c.add_option("--cache", o.cache, "Folder of the token cache; default OUT/cache");
-    c.add_option("--length", o.train.sampler.length, "Tokens in a window")
+    c.add_option("--length", o.sampler.length, "Tokens in a window")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    c.add_option("--batch", o.train.sampler.batch, "Windows in a batch")
+    c.add_option("--batch", o.sampler.batch, "Windows in a batch")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     c.add_option("--accumulate", o.train.accumulate, "Batches in a step")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    c.add_flag("--packed", o.train.sampler.packed,
+    c.add_flag("--packed", o.sampler.packed,
                "Whole documents, which never see each other, instead of windows");
-    c.add_option("--seed", o.train.sampler.seed, "Of the new model and the order of the data")
+    c.add_option("--seed", o.sampler.seed, "Of the new model and the order of the data")
         ->capture_default_str();
 }
 
@@ -316,7 +324,7 @@ void add_run_options(CLI::App& c, Options& o) {
     c.add_option("--valid-every", t.valid_every, "Steps; 0: only at the end")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
-    c.add_option("--valid-tokens", t.valid_tokens, "At most so many; 0: all")
+    c.add_option("--valid-tokens", o.valid_tokens, "At most so many; 0: all")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     c.add_option("--log-every", t.log_every, "Steps between lines of metrics.jsonl")
