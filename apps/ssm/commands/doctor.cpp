@@ -56,7 +56,10 @@ std::vector<Check> norms_and_products() {
          {{kTokens, 24}, {40, 24}},
          [](Ctx& c, const auto& v) {
              const auto ids = some_ids(kTokens, 40);
-             return linear_cross_entropy(c, v[0], v[1], {ids.data(), {kTokens}});
+             const std::vector<float> weights(kTokens, 1.0f / kTokens);
+             return linear_cross_entropy(c, v[0], v[1],
+                                         on_device_of(c.exec, View<const int32_t, 1>(ids.data(), {kTokens})),
+                                         Tensor::from_floats({kTokens}, weights).to(c.exec));
          }},
         {"elementwise",
          {{kTokens, 24}, {kTokens, 24}},
