@@ -99,20 +99,25 @@ struct RowSlope {
     bool counts;
 };
 
-// The gradients of a row over its logits, which a G as wide as a float simply replaces. In bf16 they take the
-// first half of the row: what an iteration writes lies before what the next ones read, but not before what
-// its own threads read.
+// The gradients of a row over its logits, which those in f32 simply replace. Those in bf16 take the first
+// half of the row: what an iteration writes has been read in it or before, but by other threads, so the block
+// waits for them. The next logits are read before these gradients are written.
 template <class G, int Threads>
 __device__ inline void write_slopes(const float* row, G* out, int64_t v, const RowSlope& s) {
-    for (int64_t first = 0; first < v; first += Threads * kPack * kLoads) {
-        const int64_t base = first + threadIdx.x * kPack;
-        Pack<float, kPack> x[kLoads];
+    constexpr int kStep = Threads * kPack;
+    Pack<float, kPack> x[kLoads], next[kLoads];
+    const auto load = [&](Pack<float, kPack>* to, int64_t base) {
 #pragma unroll
-        for (int u = 0; u < kLoads; ++u) x[u] = load_logits(row, base + u * Threads * kPack, v);
+        for (int u = 0; u < kLoads; ++u) to[u] = load_logits(row, base + u * kStep, v);
+    };
+    load(x, threadIdx.x * kPack);
+    for (int64_t first = 0; first < v; first += kStep * kLoads) {
+        const int64_t base = first + threadIdx.x * kPack;
         if constexpr (sizeof(G) < sizeof(float)) __syncthreads();
+        load(next, base + kStep * kLoads);
 #pragma unroll
         for (int u = 0; u < kLoads; ++u) {
-            const int64_t j = base + u * Threads * kPack;
+            const int64_t j = base + u * kStep;
             Pack<G, kPack> y;
 #pragma unroll
             for (int k = 0; k < kPack; ++k) {
@@ -120,6 +125,7 @@ __device__ inline void write_slopes(const float* row, G* out, int64_t v, const R
                 y.at[k] = from_float<G>(s.counts && j + k == s.target ? e - s.g : e);
             }
             if (j < v) store_pack(out + j, y);
+            x[u] = next[u];
         }
     }
 }

@@ -78,9 +78,9 @@ template <class X, class Y, bool kGated, int N, int kValues, int kTeam>
 struct BackwardRow {
     static constexpr int kPacks = kValues / N;
     // What the gradients are added to is read with the rest where there are registers for it.
-    static constexpr bool kReadsAhead = !kGated || (sizeof(X) == 2 && sizeof(Y) == 2);
+    static constexpr bool kReadsAhead = !kGated;
     Pack<X, N> x[kPacks], old_x[kReadsAhead ? kPacks : 1];
-    Pack<Y, N> z[kGated ? kPacks : 1], grad_y[kPacks], old_z[kReadsAhead && kGated ? kPacks : 1];
+    Pack<Y, N> z[kGated ? kPacks : 1], grad_y[kPacks];
 
     __device__ static int64_t column(int n) {
         return (n * kTeam + static_cast<int>(threadIdx.x) % kTeam) * N;
@@ -94,7 +94,6 @@ struct BackwardRow {
             grad_y[n] = load_pack<N>(c.grad_y.data + at.row * c.grad_y.stride + j);
             if constexpr (kGated) z[n] = load_pack<N>(c.in.z.data + at.row * c.in.z.stride + j);
             if constexpr (kReadsAhead) old_x[n] = old_of<N>(c.grad.x, c.grad.set_x, at.row, j);
-            if constexpr (kReadsAhead && kGated) old_z[n] = old_of<N>(c.grad.z, c.grad.set_z, at.row, j);
         }
     }
     __device__ Element element(int n, int k, float w, float rstd, Gate gate) const {
@@ -134,12 +133,12 @@ struct BackwardRow {
                 grad_x.at[k] = s.x;
                 grad_z.at[k] = s.z;
             }
-            const auto was = [&](const auto& ahead, const auto& grad, bool set) {
-                if constexpr (kReadsAhead) return ahead[n];
-                return old_of<N>(grad, set, at.row, j);
-            };
-            store_grad_x<N>(c, at.row, j, grad_x, was(old_x, c.grad.x, c.grad.set_x));
-            if constexpr (kGated) store_grad_z<N>(c, at.row, j, grad_z, was(old_z, c.grad.z, c.grad.set_z));
+            if constexpr (kReadsAhead)
+                store_grad_x<N>(c, at.row, j, grad_x, old_x[n]);
+            else
+                store_grad_x<N>(c, at.row, j, grad_x, old_of<N>(c.grad.x, c.grad.set_x, at.row, j));
+            if constexpr (kGated)
+                store_grad_z<N>(c, at.row, j, grad_z, old_of<N>(c.grad.z, c.grad.set_z, at.row, j));
         }
     }
 };
