@@ -175,7 +175,8 @@ void check_accumulate(const Size& s) {
     for (size_t i = 0; i < u.size(); ++i)
         want.push_back(static_cast<Y>(std::fma(static_cast<float>(u[i]), 0.75f, static_cast<float>(v[i]))));
     accumulate<X, Y>(make_cpu_exec(2), x.view(), y.view(), 0.75f);
-    test::expect_close(y.values(), test::to_double(want), 1e-6, "accumulate");
+    // A target without fused multiply-add rounds twice.
+    test::expect_close(y.values(), test::to_double(want), sizeof(Y) == 2 ? 1e-3 : 1e-6, "accumulate");
     EXPECT_TRUE(y.gaps_untouched(9.0f));
 }
 
