@@ -202,6 +202,7 @@ TEST(LinearCuda, GradientsMatchReference) {
          std::vector<std::array<int64_t, 2>>{{1, 1}, {3, 5}, {48, 7}, {33, 21}, {256, 130}}) {
         for (const int64_t t : {0, 1, 2, 9, 127, 128, 300}) {
             for (const BackwardTypes& types : all) {
+                if (i * t > 256 * 9 && types.x != types.grad_y) continue;  // the references take long
                 check_backward(t, i, o, 0, 0, types, {});
                 check_backward(t, i, o, 1, 2, types, {.x = true});
                 check_backward(t, i, o, 8, 0, types, {.weight = true});

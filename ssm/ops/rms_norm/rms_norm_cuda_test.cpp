@@ -200,8 +200,9 @@ struct CheckAdd {
 template <class X, class Y>
 struct CheckBackward {
     static void run(const Case& c) {
-        check_backward<X, Y>(c, false);
-        check_backward<X, Y>(c, true);
+        const bool large = c.t > 1000;  // one of the two
+        if (!large || c.offset == 0) check_backward<X, Y>(c, false);
+        if (!large || c.offset > 0) check_backward<X, Y>(c, true);
     }
 };
 
