@@ -161,6 +161,36 @@ std::vector<uint16_t> bits(const std::vector<bf16>& v) {
     return r;
 }
 
+// y += scale x with the sum in f32, rounded once.
+template <class X, class Y>
+void check_accumulate(const Size& s) {
+    Random random(4);
+    Strided<X> x(s.t, s.d, NAN, s.strided);
+    Strided<Y> y(s.t, s.d, 9.0f, s.strided);
+    x.assign(random.vector(s.t * s.d));
+    y.assign(random.vector(s.t * s.d));
+    std::vector<Y> want;
+    const auto u = x.values();
+    const auto v = y.values();
+    for (size_t i = 0; i < u.size(); ++i)
+        want.push_back(static_cast<Y>(std::fma(static_cast<float>(u[i]), 0.75f, static_cast<float>(v[i]))));
+    accumulate<X, Y>(make_cpu_exec(2), x.view(), y.view(), 0.75f);
+    // A target without fused multiply-add rounds twice.
+    test::expect_close(y.values(), test::to_double(want), sizeof(Y) == 2 ? 1e-3 : 1e-6, "accumulate");
+    EXPECT_TRUE(y.gaps_untouched(9.0f));
+}
+
+TEST(Accumulate, EveryPairOfTypes) {
+    test::for_each_target([] {
+        for (const Size& s : kSizes) {
+            check_accumulate<float, float>(s);
+            check_accumulate<float, bf16>(s);
+            check_accumulate<bf16, float>(s);
+            check_accumulate<bf16, bf16>(s);
+        }
+    });
+}
+
 TEST(Cast, EqualsTheScalarConversionToTheBit) {
     test::for_each_target([] {
         for (const Size& s : kSizes) {
