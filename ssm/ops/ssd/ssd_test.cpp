@@ -468,10 +468,11 @@ TEST_F(SsdErrors, BackwardAndStep) {
     EXPECT_EQ(message_of([&] { ssd_step<float>(make_cpu_exec(1), in_, state_view_, y_view_); }),
               "[ssd_step] `state` must be [s h p n] = [6, 4, 3, 5] but is [1, 4, 3, 5]");
     SsdArguments<bf16> rounded(c_, random_ssd(c_, 1));
-    const std::vector<bf16> grad(6 * 4 * 3);
+    const std::vector<bf16> rounded_grad_y(6 * 4 * 3);
     EXPECT_EQ(message_of([&] {
                   ssd_backward<bf16>(make_cpu_exec(1), rounded.inputs(), states_view,
-                                     {grad.data(), {6, 4, 3}}, {}, {}, {.chunk = 4});
+                                     View<const bf16, 3>(rounded_grad_y.data(), {6, 4, 3}), {}, {},
+                                     {.chunk = 4});
               }),
               "[ssd_backward] gradients of bf16 activations need a GPU");
 }
