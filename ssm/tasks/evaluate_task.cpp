@@ -61,14 +61,18 @@ void count_answers(const Exec& ex, LanguageModel& model, Ctx& ctx, const Batch& 
     const auto n = static_cast<int64_t>(rows.size());
     const Tensor asked = gather(ex, hidden, rows), nll = Tensor::empty({n});
     model.nll(ctx, asked, View<const int32_t, 1>(targets.data(), {n}), nll.view<float, 1>());
+    for (int64_t i = 0; i < n; ++i) {
+        const float loss = nll.data<float>()[i];
+        if (std::isnan(loss))
+            fail(ErrorCode::numeric, "task", "the likelihood of an answer at length {} is NaN",
+                 result.length);
+        result.nll += static_cast<double>(loss);
+    }
     const Tensor ids = Tensor::empty(ex, {n}, DType::i32), logits = model.logits(ctx, asked);
     argmax(ex, logits.view<const float, 2>(), ids.view<int32_t, 1>());
     const Tensor answers = ids.to_host();
     const int64_t piece = batch.cu_seqlens[1];
     for (int64_t i = 0; i < n; ++i) {
-        const float loss = nll.data<float>()[i];
-        require(!std::isnan(loss), "task", "the likelihood of an answer at length {} is NaN", result.length);
-        result.nll += static_cast<double>(loss);
         const bool right = answers.data<int32_t>()[i] == targets[i];
         result.right += right;
         if (!right) wrong[rows[i] / piece] = 1;

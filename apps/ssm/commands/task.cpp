@@ -31,7 +31,7 @@ struct Options {
     TaskSourceOptions source{.length = 0, .batch = 0};
     TrainOptions train;
     std::vector<int64_t> eval_lengths;
-    int64_t eval_sequences = 1024, eval_tokens = int64_t{1} << 24, valid_sequences = 256;
+    int64_t eval_sequences = 1024, eval_tokens = int64_t{1} << 24, valid_sequences = 256, valid_length = 0;
     bool resume = false, quiet = false;
 };
 
@@ -127,7 +127,7 @@ void train(Options& o, const Task& task, const CLI::App& command) {
     o.train.identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
     o.train.identity["dtype"] = o.run.dtype;
     EvaluateTaskOptions valid = evaluation(o, *model);
-    valid.length = o.source.length;
+    valid.length = o.valid_length > 0 ? o.valid_length : o.source.length;
     valid.sequences = o.valid_sequences;
     valid.split = TaskSplit::valid;
     Trainer trainer(ex, trained, std::make_unique<TaskSource>(task, o.source),
@@ -205,6 +205,7 @@ void add_train_options(CLI::App& c, Options& o) {
     c.add_option("--beta2", t.optimizer.beta2, "Adam")
         ->check(CLI::Range(0.0, 0.9999999))
         ->capture_default_str();
+    c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber)->capture_default_str();
     c.add_option("--clip", t.clip, "Largest norm of the gradients; 0: any")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
@@ -218,7 +219,9 @@ void add_train_options(CLI::App& c, Options& o) {
     c.add_option("--valid-every", t.valid_every, "Steps between validations; 0: only at the end")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
-    c.add_option("--valid-sequences", o.valid_sequences, "Sequences to validate on, of --length")
+    c.add_option("--valid-length", o.valid_length, "Their length; default --length")
+        ->check(CLI::PositiveNumber);
+    c.add_option("--valid-sequences", o.valid_sequences, "Sequences to validate on")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
 }
