@@ -14,7 +14,8 @@ MAY_INCLUDE = {
     "models": {"core", "ops", "autograd", "nn", "io"},
     "generate": {"core", "ops", "autograd", "nn", "io", "models"},
     "train": {"core", "ops", "autograd", "nn", "io", "models"},
-    "apps": {"core", "ops", "autograd", "nn", "io", "models", "generate", "train"},
+    "tasks": {"core", "ops", "autograd", "nn", "io", "models", "train"},
+    "apps": {"core", "ops", "autograd", "nn", "io", "models", "generate", "train", "tasks"},
 }
 TEST = re.compile(r"(_test|_bench|_fuzz|_reference|test_files)\b|^tests/")
 

@@ -15,6 +15,7 @@
 #include "apps/ssm/commands/eval.h"
 #include "apps/ssm/commands/generate.h"
 #include "apps/ssm/commands/inspect.h"
+#include "apps/ssm/commands/task.h"
 #include "apps/ssm/commands/tokenizer.h"
 #include "apps/ssm/commands/train.h"
 #include "apps/ssm/commands/verify.h"
@@ -47,6 +48,7 @@ int main(int argc, char** argv) {
     ssm::cli::add_eval(app);
     ssm::cli::add_verify(app);
     ssm::cli::add_train(app);
+    ssm::cli::add_task(app);
     ssm::cli::add_tokenizer(app);
     ssm::cli::add_inspect(app);
     ssm::cli::add_convert(app);

@@ -1,8 +1,6 @@
 #include "apps/ssm/commands/train.h"
 
-#include <atomic>
 #include <charconv>
-#include <csignal>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -10,6 +8,8 @@
 #include <fmt/format.h>
 
 #include "apps/ssm/commands/common.h"
+#include "apps/ssm/commands/run_recipe.h"
+#include "apps/ssm/commands/stop_on_signal.h"
 #include "ssm/io/atomic_file.h"
 #include "ssm/io/json/config_reader.h"
 #include "ssm/io/mapped_file.h"
@@ -41,15 +41,6 @@ struct Options {
     int threads = 0;
     bool untied = false, resume = false, json = false, quiet = false;
 };
-
-// Set by the first SIGINT or SIGTERM; the second ends the program at once.
-std::atomic<bool> stop_requested{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
-
-void request_stop(int number) {
-    stop_requested.store(true);
-    std::signal(number, SIG_DFL);
-}
 
 // "stories.txt.zst:2.5" -> the file and how often an epoch visits it.
 std::pair<std::string, double> split_weight(const std::string& argument, double otherwise) {
@@ -143,48 +134,6 @@ Json to_json(const TrainSummary& s, int64_t parameters) {
     return j;
 }
 
-// Gives every option that the command line left open the recipe's value. Keys are the options' names.
-void apply_recipe(CLI::App& command, const fs::path& path) {
-    const Json recipe = Json::parse(read_text_file(path), nullptr, false);
-    if (!recipe.is_object()) fail(ErrorCode::bad_file, "recipe", "`{}` is not a JSON object", path.string());
-    const auto text = [](const Json& v) { return v.is_string() ? v.get<std::string>() : v.dump(); };
-    for (const auto& [key, value] : recipe.items()) {
-        if (key == "comment") continue;
-        CLI::Option* option = command.get_option_no_throw("--" + key);
-        if (option == nullptr || key == "help" || key == "recipe" || key == "resume" || value.is_object() ||
-            value.is_null()) {
-            fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\" is not an option of a recipe", path.string(),
-                 key);
-        }
-        if (option->count() > 0) continue;
-        try {
-            if (value.is_array()) {
-                for (const Json& v : value) option->add_result(text(v));
-            } else {
-                option->add_result(text(value));
-            }
-            option->run_callback();
-        } catch (const CLI::Error& e) {
-            fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\": {}", path.string(), key, e.what());
-        }
-    }
-}
-
-// All options in use, so that `ssm train --out DIR --resume` says it all.
-void write_recipe(const CLI::App& command, const fs::path& path) {
-    Json recipe = Json::object();
-    for (const CLI::Option* option : command.get_options()) {
-        const std::string name = option->get_single_name();
-        if (option->count() == 0 || name == "help" || name == "recipe" || name == "resume" || name == "out" ||
-            name == "json" || name == "quiet") {
-            continue;
-        }
-        const auto values = option->results();
-        recipe[name] = option->get_items_expected_max() > 1 ? Json(values) : Json(values.front());
-    }
-    write_file_atomic(path, recipe.dump(1) + '\n');
-}
-
 void run(Options& o, const CLI::App& command) {
     require(!o.arch.empty() + !o.config.empty() + !o.init_from.empty() == 1, "train",
             "give one of --arch, --config and --init-from");
@@ -228,9 +177,7 @@ void run(Options& o, const CLI::App& command) {
         if (!o.quiet) std::fprintf(stderr, "%s\n", note.c_str());
     }
     write_recipe(command, o.train.out / "recipe.json");
-    std::signal(SIGINT, request_stop);
-    std::signal(SIGTERM, request_stop);
-    const TrainSummary s = trainer.run(&stop_requested);
+    const TrainSummary s = trainer.run(&stop_on_signal());
     const Json result = to_json(s, model->parameter_count());
     if (o.json) {
         print_json(result);
