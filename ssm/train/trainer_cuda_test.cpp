@@ -6,7 +6,9 @@
 
 #include "ssm/models/registry.h"
 #include "ssm/train/bigram.h"
+#include "ssm/train/sampler.h"
 #include "ssm/train/test_files.h"
+#include "ssm/train/token_file.h"
 #include "ssm/train/trained_language_model.h"
 #include "ssm/train/trainer.h"
 #include "tests/support/cuda.h"
@@ -18,7 +20,7 @@ using test::cuda_exec;
 using test::read_file;
 using test::TempFolder;
 
-struct Run {
+struct Training {
     std::string name;
     const char* architecture = "mamba";
     Exec ex = cuda_exec();
@@ -29,7 +31,7 @@ struct Run {
 
 class TrainerCuda : public ::testing::Test {
 protected:
-    TrainSummary train(const Run& run) {
+    TrainSummary train(const Training& run) {
         const NewModel shape{.vocab = 256, .e = 32, .layers = 2, .n = 16, .p = 16, .eos = 255};
         auto model = build_model(find_architecture(run.architecture).new_config(shape), "config");
         model->initialise(7);

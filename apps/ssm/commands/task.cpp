@@ -122,8 +122,8 @@ void train(Options& o, const Task& task, const CLI::App& command) {
     o.shape.vocab = task.vocab;
     const auto model = build_model(find_architecture(o.arch).new_config(o.shape), "config");
     model->initialise(o.source.seed);
-    model->move_to(ex);
-    TrainedLanguageModel trained(ex, *model);
+    const bool rounded = ex.device != Device::cpu && o.run.type() == DType::bf16;
+    TrainedLanguageModel trained(ex, *model, {.dtype = rounded ? DType::bf16 : DType::f32});
     o.train.identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
     o.train.identity["dtype"] = o.run.dtype;
     EvaluateTaskOptions valid = evaluation(o, *model);
@@ -206,7 +206,7 @@ void add_train_options(CLI::App& c, Options& o) {
         ->check(CLI::Range(0.0, 0.9999999))
         ->capture_default_str();
     c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber)->capture_default_str();
-    c.add_option("--clip", t.clip, "Largest norm of the gradients; 0: any")
+    c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     c.add_option("--checkpoint-every", t.checkpoint_every, "Steps; 0: only at the end")
