@@ -84,6 +84,7 @@ struct Ctx {
     Tape* tape = nullptr;
     CuSeqlens cu_seqlens = {};      // how rows [t d] split into sequences; empty: one token each (a step)
     DType activation = DType::f32;  // of what flows between the layers; training uses f32
+    Slots slots = {};               // of a step: rows of the state; absent: row s for sequence s
 
     bool recording(std::initializer_list<const Var*> inputs) const {
         if (tape == nullptr) return false;

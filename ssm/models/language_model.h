@@ -69,6 +69,9 @@ public:
     // ids [t] (host memory, as all ids here) -> [t e], after the final norm. ctx.cu_seqlens splits the
     // tokens; empty with a state: one token of each sequence. Throws for ids outside [0, vocab).
     Var hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state);
+    // One token of each of b sequences, by few kernels: ids [b] i32 on ctx's device (a GPU's are not checked)
+    // -> logits [b vocab] f32. The state's rows by ctx.slots. Waits for nothing: a GPU's can be captured.
+    void step(Ctx& ctx, const Tensor& ids, ModelState& state, const Tensor& logits);
     // [t e] -> [t vocab] f32
     Tensor logits(Ctx& ctx, const Tensor& hidden);
     // nll [t] (host memory) of targets under the logits, without holding these.

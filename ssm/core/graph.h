@@ -1,0 +1,30 @@
+// Work that an Exec's device was asked for once, to be asked for again in one call: a CUDA graph.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "ssm/core/exec.h"
+
+namespace ssm {
+
+class Graph {
+public:
+    Graph() = default;
+    explicit operator bool() const { return handle_ != nullptr; }
+
+    // What `work` asks of ex's device, without doing it. `work` must have run once before (what is made at
+    // the first call is made then), may not wait for the device, and its memory must stay: let it come from
+    // an Exec of with_own_memory that lives as long as the graph. Throws Error (unsupported) on the CPU.
+    static Graph capture(const Exec& ex, const std::function<void()>& work);
+    // Does it. Pointers are those of the capture.
+    void launch(const Exec& ex) const;
+
+private:
+    std::shared_ptr<void> handle_;
+};
+
+// The same device and stream; blocks of memory that are given back are not for others.
+Exec with_own_memory(const Exec& ex);
+
+}  // namespace ssm
