@@ -15,7 +15,7 @@ inline std::vector<ReferenceShape> decoder_shapes() {
         {.vocab = 50, .e = 33, .layers = 1, .d = 66, .n = 16, .projection_bias = true, .r = 3},
         {.vocab = 64, .e = 32, .d = 64, .n = 16, .k = 3, .tied = false, .conv_bias = false, .r = 8},
         {.e = 8, .d = 16, .n = 20, .bcdt_eps = 1e-4},
-        {.vocab = 96, .e = 64, .d = 128, .n = 16, .bcdt_eps = 1e-4, .r = 8},
+        {.vocab = 96, .e = 64, .d = 128, .n = 16, .r = 8, .bcdt_eps = 1e-4},
         {.kind = kMamba2},
         {.kind = kMamba2,
          .e = 16,
