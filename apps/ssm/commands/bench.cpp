@@ -182,7 +182,13 @@ Test train_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t l) {
             }};
 }
 
-nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& o, DType dtype) {
+// A GPU's rates do not drift: measured once a run.
+struct GpuRates {
+    double copy = 0, products = 0;
+};
+
+nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& o, DType dtype,
+                               GpuRates& gpu) {
     const auto run_whole = [&] {
         test.run();
         synchronize(ex);
@@ -191,11 +197,17 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
     const bool bf16_products = dtype == DType::bf16 || ex.matmul == MatmulPrecision::bf16;
     std::vector<double> seconds, bandwidth, rate;
     const auto measure_floor = [&] {
-        const bool gpu = ex.device != Device::cpu;
-        if (test.work.bytes > 0)
-            bandwidth.push_back(gpu ? measure_copy_bandwidth(ex) : measure_read_bandwidth(ex));
-        if (test.work.flop > 0)
-            rate.push_back(measure_matrix_rate(ex, bf16_products ? DType::bf16 : DType::f32));
+        const DType products = bf16_products ? DType::bf16 : DType::f32;
+        const bool bytes = test.work.bytes > 0, flop = test.work.flop > 0;
+        if (ex.device == Device::cpu) {
+            if (bytes) bandwidth.push_back(measure_read_bandwidth(ex));
+            if (flop) rate.push_back(measure_matrix_rate(ex, products));
+            return;
+        }
+        if (bytes && gpu.copy == 0) gpu.copy = measure_copy_bandwidth(ex);
+        if (flop && gpu.products == 0) gpu.products = measure_matrix_rate(ex, products);
+        if (bytes) bandwidth.assign(1, gpu.copy);
+        if (flop) rate.assign(1, gpu.products);
     };
     for (int i = 0; i < o.repeats; ++i) {
         if (i % 2 == 0) measure_floor();  // in the same minute: shared machines drift
@@ -240,9 +252,10 @@ void run(const Options& o) {
         for (const int64_t b : o.batches)
             if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate));
     }
+    GpuRates gpu;
     nlohmann::ordered_json results = nlohmann::ordered_json::array();
     for (const Test& test : tests) {
-        results.push_back(measure(ex, test, o, o.run.type()));
+        results.push_back(measure(ex, test, o, o.run.type(), gpu));
         const auto& r = results.back();
         if (!o.run.json) {
             const std::string step =
