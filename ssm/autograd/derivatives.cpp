@@ -68,6 +68,11 @@ std::array<Target, N> targets(const Exec& ex, const Var (&vars)[N]) {
     return all;
 }
 
+// One token of each sequence, whose states are `state`'s rows.
+bool is_step(const Ctx& ctx, const Tensor& x, const Tensor& state) {
+    return ctx.cu_seqlens.empty() && (ctx.slots || x.dim(0) == state.dim(0));
+}
+
 // Any tensor as a matrix for the elementwise operators.
 Tensor as_matrix(const Tensor& t) { return t.rank() == 2 ? t : t.reshape({1, t.size()}); }
 
@@ -207,11 +212,16 @@ Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Ac
     const int64_t d = weight.value().dim(0), k = weight.value().dim(-1);
     const auto w = weight.value().reshape({d, k}).view<const float, 2>();
     dispatch_activation(x.value().dtype(), "causal_conv1d", [&]<class T>() {
-        CausalConv1dInputs<T> in{
-            x.value().view<const T, 2>(), w, value_if<float, 1>(bias), ctx.cu_seqlens, {}, activation};
+        CausalConv1dInputs<T> in{x.value().view<const T, 2>(),
+                                 w,
+                                 value_if<float, 1>(bias),
+                                 ctx.cu_seqlens,
+                                 {},
+                                 activation,
+                                 ctx.slots};
         if (state == nullptr) {
             causal_conv1d(ctx.exec, in, y.value().view<T, 2>(), {});
-        } else if (x.value().dim(0) == state->dim(0) && ctx.cu_seqlens.empty()) {
+        } else if (is_step(ctx, x.value(), *state)) {
             causal_conv1d_step(ctx.exec, in, state->view<T, 3>(), y.value().view<T, 2>());
         } else {
             in.initial_state = state->view<const T, 3>();
@@ -270,10 +280,11 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
     }
     dispatch_activation(in.u.value().dtype(), "selective_scan", [&]<class T>() {
         auto inputs = scan_inputs<T>(in, ctx.cu_seqlens);
+        inputs.slots = ctx.slots;
         const auto out = y.value().view<T, 2>();
         if (state == nullptr) {
             selective_scan(ctx.exec, inputs, out, {}, chunk_states.view_if<float, 3>(), options);
-        } else if (in.u.value().dim(0) == state->dim(0) && ctx.cu_seqlens.empty()) {
+        } else if (is_step(ctx, in.u.value(), *state)) {
             selective_scan_step(ctx.exec, inputs, state->view<float, 3>(), out);
         } else {
             Tensor end = Tensor::empty(ctx.exec, state->shape());
@@ -337,10 +348,11 @@ Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, const Ssd
         chunk_states = Tensor::empty(ctx.exec, {ssd_chunks(ctx.cu_seqlens, options.chunk), s.h, s.p, s.n});
     dispatch_activation(in.x.value().dtype(), "ssd", [&]<class T>() {
         auto inputs = ssd_inputs<T>(in, s, ctx.cu_seqlens);
+        inputs.slots = ctx.slots;
         const auto out = y.value().reshape({t, s.h, s.p}).view<T, 3>();
         if (state == nullptr) {
             ssd(ctx.exec, inputs, out, {}, chunk_states.view_if<float, 4>(), options);
-        } else if (t == state->dim(0) && ctx.cu_seqlens.empty()) {
+        } else if (is_step(ctx, in.x.value(), *state)) {
             ssd_step(ctx.exec, inputs, state->view<float, 4>(), out);
         } else {
             Tensor end = Tensor::empty(ctx.exec, state->shape());

@@ -92,6 +92,7 @@ struct Ctx {
     // With a tape: the layers' inner results are computed again in the backward pass instead of kept.
     bool recompute = false;
     bool recomputed_later = false;  // no tape now, but the same again with one: inputs must stay as they are
+    Slots slots = {};               // of a step: rows of the state; absent: row s for sequence s
 
     // Weights do not change: what is made of them may be kept; and residuals may be added in place.
     bool inference() const { return tape == nullptr && !recomputed_later; }

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "ssm/core/error.h"
+#include "ssm/core/graph.h"
 #include "ssm/core/machine.h"
 
 namespace ssm {
@@ -19,6 +20,15 @@ Exec make_cuda_exec(int) {
     fail(ErrorCode::unsupported, "device", "this build has no CUDA; use --device cpu");
 }
 void synchronize(const Exec&) {}
+Graph Graph::capture(const Exec&, const std::function<void()>&) {
+    fail(ErrorCode::unsupported, "graph", "this build has no CUDA");
+}
+void Graph::launch(const Exec&) const {}
+Exec with_own_memory(const Exec& ex) {
+    Exec own = ex;
+    own.allocator = std::make_shared<Allocator>();
+    return own;
+}
 std::vector<Gpu> list_gpus(std::string& why) {
     why = "this build has no CUDA";
     return {};

@@ -5,32 +5,26 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <vector>
 
-#include "ssm/core/exec.h"
+#include "ssm/core/graph.h"
 
 namespace ssm {
 
-namespace cuda {
-class Graph;
-}
-
 class Replay {
 public:
-    explicit Replay(Exec ex);
-    ~Replay();
+    explicit Replay(Exec ex) : ex_(std::move(ex)) {}
 
     // `key`: everything that decides what `work` asks for (shapes, say); what else differs from run to run is
     // read from device memory. `work` neither waits for the device nor copies between it and the host.
     void run(const std::vector<int64_t>& key, const std::function<void()>& work);
-    bool captured() const { return graph_ != nullptr; }
+    bool captured() const { return static_cast<bool>(graph_); }
 
 private:
     Exec ex_;
     std::vector<int64_t> key_;
     bool met_ = false;
-    std::unique_ptr<cuda::Graph> graph_;
+    Graph graph_;
 };
 
 }  // namespace ssm

@@ -49,7 +49,7 @@ Generated generate(Session& session, Sampler& sampler, const Tokenizer* tokenize
     };
     const auto start = std::chrono::steady_clock::now();
     while (static_cast<int64_t>(out.ids.size()) < options.max_tokens && !filter.stopped()) {
-        const int32_t id = sampler.sample(session.logits(), valid, session.history());
+        const int32_t id = session.sample(sampler, valid);
         out.ids.push_back(id);
         session.consume({&id, 1});
         if (!options.ignore_eos && std::ranges::count(model.spec().eos, id) > 0) {

@@ -21,37 +21,52 @@ uint64_t parse_u64(const std::string& text, const std::string& file, const char*
 
 }  // namespace
 
-Session::Session(const Exec& ex, LanguageModel& model)
-    : exec_(ex), model_(model), state_(model.new_state(1)) {}
+Session::Session(const Exec& ex, LanguageModel& model) : exec_(ex), model_(model), decoder_(ex, model, 1) {}
 
 void Session::consume(std::span<const int32_t> ids) {
-    for (const int32_t id : ids) {
-        require(0 <= id && id < model_.vocab(), "model", "token id {} is outside the vocabulary of {}", id,
-                model_.vocab());
+    if (ids.empty()) return;
+    if (ids.size() == 1 && chosen_ == ids[0]) {
+        decoder_.step();
+    } else {
+        decoder_.read(0, ids);
     }
-    const auto count = static_cast<int64_t>(ids.size());
-    for (int64_t begin = 0; begin < count;) {
-        const int64_t t = std::min(kPrefillChunk, count - begin);
-        const int64_t cu_seqlens[] = {0, t};
-        Ctx ctx{.exec = exec_, .activation = model_.dtype()};
-        if (t > 1) ctx.cu_seqlens = cu_seqlens;
-        const Var hidden = model_.hidden(ctx, {ids.data() + begin, {t}}, &state_);
-        begin += t;
-        if (begin == count) logits_ = model_.logits(ctx, hidden.value().rows(t - 1, t)).to_host();
-    }
+    chosen_.reset();
+    if (sampling_ && sampling_->temperature != 0) ++draws_;  // the device has chosen what follows
+    logits_ = {};
     history_.insert(history_.end(), ids.begin(), ids.end());
 }
 
+int32_t Session::sample(Sampler& sampler, int64_t valid) {
+    if (exec_.device == Device::cpu) return sampler.sample(logits(), valid, history_);
+    require(!history_.empty(), "generate", "the prompt is empty: there is no token to continue from");
+    const SamplerOptions& options = sampler.options();
+    const bool random = options.temperature != 0, plain = !random && options.repetition_penalty == 1;
+    // Has the device drawn what this sampler would draw now?
+    if (sampling_ != options || (random && draws_ != sampler.draws() + 1)) {
+        decoder_.set_valid(valid);
+        if (!plain || decoder_.has_samplers()) decoder_.set_sampler(0, options, sampler.draws(), history_);
+        decoder_.choose_again();
+        sampling_ = options;
+        draws_ = sampler.draws() + (random ? 1 : 0);
+    }
+    chosen_ = decoder_.next_ids().front();
+    if (random) sampler.set_draws(draws_);
+    return *chosen_;
+}
+
 std::span<const float> Session::logits() const {
-    require(static_cast<bool>(logits_), "generate",
-            "the prompt is empty: there is no token to continue from");
+    require(!history_.empty(), "generate", "the prompt is empty: there is no token to continue from");
+    if (!logits_) logits_ = decoder_.logits().to_host();
     return {logits_.data<const float>(), static_cast<size_t>(logits_.size())};
 }
 
 void Session::save(const std::filesystem::path& file, const Sampler& sampler) {
-    require(static_cast<bool>(logits_), "state", "there is nothing to save: no token was read");
+    require(!history_.empty(), "state", "there is nothing to save: no token was read");
+    logits();
     std::vector<NamedTensor> tensors;
-    state_.visit([&](const std::string& name, Tensor& t) { tensors.push_back({name, t.to_host()}); });
+    ModelState state = model_.new_state(1);
+    decoder_.save(0, state);
+    state.visit([&](const std::string& name, Tensor& t) { tensors.push_back({name, t.to_host()}); });
     tensors.push_back({"logits", logits_});
     Tensor history = Tensor::empty({static_cast<int64_t>(history_.size())}, DType::i32);
     std::memcpy(history.raw(), history_.data(), history.bytes());
@@ -100,7 +115,9 @@ void Session::load(const std::filesystem::path& file, Sampler& sampler) {
         }
     }
     sampler.set_draws(parse_u64(text("draws"), shown, "draws"));
-    state_ = std::move(state);
+    decoder_.load(0, state, logits);
+    sampling_.reset();
+    chosen_.reset();
     logits_ = logits;
     history_.assign(first, first + ids.size());
 }

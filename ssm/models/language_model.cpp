@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ssm/ops/cross_entropy/cross_entropy.h"
+#include "ssm/ops/norm_linear/norm_linear.h"
 
 namespace ssm {
 namespace {
@@ -117,8 +118,8 @@ uint64_t LanguageModel::fingerprint() {
 
 ModelState LanguageModel::new_state(int64_t sequences) const {
     ModelState state;
-    for (const Block& block : blocks_) state.layers.push_back(block.mixer->new_state(sequences, dtype()));
-    state.visit([&](const std::string&, Tensor& t) { t = t.to(home_); });
+    for (const Block& block : blocks_)
+        state.layers.push_back(block.mixer->new_state(home_, sequences, dtype()));
     return state;
 }
 
@@ -153,6 +154,23 @@ Var LanguageModel::hidden(Ctx& ctx, const Tensor& ids, ModelState* state) {
         });
     }
     return add_rms_norm(ctx, stream[0], stream[1], final_norm_.var, norm, ctx.activation).y;
+}
+
+void LanguageModel::step(Ctx& ctx, const Tensor& ids, ModelState& state, const Tensor& logits) {
+    require(state.layers.size() == blocks_.size(), "model", "the state has {} layers but the model {}",
+            state.layers.size(), blocks_.size());
+    const Tensor residual = embedding(ctx, ids, embedding_.var).value();
+    const auto weight = [](const Parameter& p) { return p.value().view<const float, 1>(); };
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+        Block& block = blocks_[i];
+        block.mixer->step(ctx, {weight(block.norm_weight), spec_.norm_eps}, residual, *state.layers[i]);
+    }
+    norm_linear(ctx.exec,
+                {.x = residual,
+                 .norm = RmsNormOptions{.eps = spec_.norm_eps},
+                 .norm_weight = weight(final_norm_),
+                 .weight = packed_head()},
+                logits);
 }
 
 const PackedWeight& LanguageModel::packed_head() {

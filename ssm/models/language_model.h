@@ -75,6 +75,9 @@ public:
     // The same with ids on the device, unchecked.
     Var hidden(Ctx& ctx, const Tensor& ids, ModelState* state);
     void require_ids(View<const int32_t, 1> ids) const;  // throws for one outside [0, vocab)
+    // One token of each of b sequences, by few kernels: ids [b] i32 on ctx's device (a GPU's are not checked)
+    // -> logits [b vocab] f32. The state's rows by ctx.slots. Waits for nothing: a GPU's can be captured.
+    void step(Ctx& ctx, const Tensor& ids, ModelState& state, const Tensor& logits);
     // [t e] -> [t vocab] f32
     Tensor logits(Ctx& ctx, const Tensor& hidden);
     // nll [t] (host memory) of targets under the logits, without holding these.

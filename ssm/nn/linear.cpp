@@ -25,10 +25,14 @@ Var Linear::apply(Ctx& ctx, const Var& x, const Var& b, DType out) {
         packed_ = {};  // the weight is about to change
         return linear(ctx, x, weight.var, b, out);
     }
-    if (!packed_ || packed_.weight().raw() != weight.value().raw()) packed_ = PackedWeight(weight.value());
     Tensor y = Tensor::empty(ctx.exec, {x.value().dim(0), weight.value().dim(0)}, out);
-    linear(ctx.exec, x.value(), packed_, b ? b.value().view<const float, 1>() : View<const float, 1>{}, y);
+    linear(ctx.exec, x.value(), packed(), b ? b.value().view<const float, 1>() : View<const float, 1>{}, y);
     return Var(y);
+}
+
+const PackedWeight& Linear::packed() {
+    if (!packed_ || packed_.weight().raw() != weight.value().raw()) packed_ = PackedWeight(weight.value());
+    return packed_;
 }
 
 Var Linear::forward(Ctx& ctx, const Var& x, DType out) { return apply(ctx, x, bias.var, out); }

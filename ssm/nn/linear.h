@@ -16,6 +16,11 @@ public:
     Var forward(Ctx& ctx, const Var& x, DType out = DType::f32);
     // The same with the bias left out, for an operator that adds it itself.
     Var forward_no_bias(Ctx& ctx, const Var& x, DType out = DType::f32);
+    // For inference: the weight, packed, and the bias or nothing.
+    const PackedWeight& packed();
+    View<const float, 1> bias_view() const {
+        return bias ? bias.value().view<const float, 1>() : View<const float, 1>{};
+    }
     void visit(const std::string& prefix, const ParameterVisitor& f);
 
     Parameter weight, bias;

@@ -2,6 +2,9 @@
 
 #include <cmath>
 
+#include "ssm/ops/mamba_step/mamba_step.h"
+#include "ssm/ops/norm_linear/norm_linear.h"
+
 namespace ssm {
 namespace {
 
@@ -58,10 +61,47 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     return out_proj_.forward(ctx, y, ctx.branch());
 }
 
-std::unique_ptr<MixerState> MambaMixer::new_state(int64_t s, DType activation) const {
+void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {
+    const auto& c = config_;
+    const auto& s = static_cast<MambaState&>(state);
+    const Exec& ex = ctx.exec;
+    const int64_t t = residual.dim(0);
+    if (!A_) A_ = neg_exp(ctx, A_log_.var);
+    const Tensor xz = Tensor::empty(ex, {t, 2 * c.d}, ctx.activation);
+    const ConvStep conv{
+        .weight = conv_weight_.value().reshape({c.d, c.k}).view<const float, 2>(),
+        .bias = conv_bias_ ? conv_bias_.value().view<const float, 1>() : View<const float, 1>{},
+        .state = s.conv,
+        .slots = ctx.slots};
+    norm_linear(ex,
+                {.x = residual,
+                 .norm = RmsNormOptions{.eps = norm.eps},
+                 .norm_weight = norm.weight,
+                 .weight = in_proj_.packed(),
+                 .bias = in_proj_.bias_view()},
+                xz, {.conv = conv});
+    const Tensor x = xz.columns(0, c.d), dbc = Tensor::empty(ex, {t, c.r + 2 * c.n}),
+                 y = Tensor::empty(ex, {t, c.d}, ctx.activation);
+    norm_linear(ex, {.x = x, .weight = x_proj_.packed()}, dbc);
+    mamba_step(ex,
+               {.x = x,
+                .dbc = dbc,
+                .z = xz.columns(c.d, 2 * c.d),
+                .dt_weight = dt_proj_.packed(),
+                .dt_bias = dt_proj_.bias_view(),
+                .A = A_.value().view<const float, 2>(),
+                .D = D_.value().view<const float, 1>(),
+                .norm_eps = c.bcdt_norm_eps,
+                .slots = ctx.slots},
+               s.ssm.view<float, 3>(), y);
+    norm_linear(ex, {.x = y, .weight = out_proj_.packed(), .bias = out_proj_.bias_view()}, residual,
+                {.add = true});
+}
+
+std::unique_ptr<MixerState> MambaMixer::new_state(const Exec& ex, int64_t s, DType activation) const {
     auto state = std::make_unique<MambaState>();
-    state->conv = Tensor::zeros({s, config_.k - 1, config_.d}, activation);
-    state->ssm = Tensor::zeros({s, config_.d, config_.n});
+    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.d}, activation);
+    state->ssm = Tensor::zeros(ex, {s, config_.d, config_.n});
     return state;
 }
 

@@ -38,7 +38,8 @@ class MambaMixer final : public Mixer {
 public:
     explicit MambaMixer(const MambaConfig& config);
     Var forward(Ctx& ctx, const Var& u, MixerState* state) override;
-    std::unique_ptr<MixerState> new_state(int64_t s, DType activation) const override;
+    void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) override;
+    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const override;
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:

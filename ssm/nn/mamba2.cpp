@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "ssm/ops/norm_linear/norm_linear.h"
+
 namespace ssm {
 
 void Mamba2State::visit(const std::string& prefix,
@@ -43,18 +45,58 @@ Var Mamba2Mixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
     const Var y = ssd(ctx, {x, dt, A_, B, C, D_.var, dt_bias_.var}, shape, s != nullptr ? &s->ssm : nullptr);
     if (!ctx.inference()) A_ = Var();
-    const RmsNormOptions options{
-        .eps = c.norm_eps,
-        .groups = c.norm_groups,
-        .gate = c.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
-    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, options, ctx.activation),
+    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, gated_norm(), ctx.activation),
                              ctx.branch());
 }
 
-std::unique_ptr<MixerState> Mamba2Mixer::new_state(int64_t s, DType activation) const {
+RmsNormOptions Mamba2Mixer::gated_norm() const {
+    return {.eps = config_.norm_eps,
+            .groups = config_.norm_groups,
+            .gate = config_.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
+}
+
+void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {
+    const auto& c = config_;
+    auto& s = static_cast<Mamba2State&>(state);
+    const Exec& ex = ctx.exec;
+    const int64_t t = residual.dim(0), d = c.d(), gn = c.g * c.n, channels = c.conv_channels();
+    if (!A_) A_ = neg_exp(ctx, A_log_.var);
+    const Tensor projected = Tensor::empty(ex, {t, in_proj_.weight.value().dim(0)}, ctx.activation);
+    const ConvStep conv{
+        .first = d,
+        .weight = conv_weight_.value().reshape({channels, c.k}).view<const float, 2>(),
+        .bias = conv_bias_ ? conv_bias_.value().view<const float, 1>() : View<const float, 1>{},
+        .state = s.conv,
+        .slots = ctx.slots};
+    norm_linear(ex,
+                {.x = residual,
+                 .norm = RmsNormOptions{.eps = norm.eps},
+                 .norm_weight = norm.weight,
+                 .weight = in_proj_.packed(),
+                 .bias = in_proj_.bias_view()},
+                projected, {.conv = conv});
+    const auto columns = [&](int64_t begin, int64_t count) {
+        return Var(projected.columns(begin, begin + count));
+    };
+    const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
+    const Var y = ssd(ctx,
+                      {columns(d, d), columns(d + channels, c.h), A_, columns(2 * d, gn),
+                       columns(2 * d + gn, gn), D_.var, dt_bias_.var},
+                      shape, &s.ssm);
+    norm_linear(ex,
+                {.x = y.value(),
+                 .norm = gated_norm(),
+                 .norm_weight = norm_weight_.value().view<const float, 1>(),
+                 .z = projected.columns(0, d),
+                 .weight = out_proj_.packed(),
+                 .bias = out_proj_.bias_view()},
+                residual, {.add = true});
+}
+
+std::unique_ptr<MixerState> Mamba2Mixer::new_state(const Exec& ex, int64_t s, DType activation) const {
     auto state = std::make_unique<Mamba2State>();
-    state->conv = Tensor::zeros({s, config_.k - 1, config_.conv_channels()}, activation);
-    state->ssm = Tensor::zeros({s, config_.h, config_.p, config_.n});
+    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.conv_channels()}, activation);
+    state->ssm = Tensor::zeros(ex, {s, config_.h, config_.p, config_.n});
     return state;
 }
 

@@ -41,10 +41,13 @@ class Mamba2Mixer final : public Mixer {
 public:
     explicit Mamba2Mixer(const Mamba2Config& config);
     Var forward(Ctx& ctx, const Var& u, MixerState* state) override;
-    std::unique_ptr<MixerState> new_state(int64_t s, DType activation) const override;
+    void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) override;
+    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const override;
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:
+    RmsNormOptions gated_norm() const;
+
     Mamba2Config config_;
     Linear in_proj_, out_proj_;
     Parameter conv_weight_, conv_bias_, A_log_, D_, dt_bias_, norm_weight_;

@@ -18,14 +18,23 @@ struct MixerState {
                        const std::function<void(const std::string&, Tensor&)>& f) = 0;
 };
 
+// The norm before a mixer.
+struct BlockNorm {
+    View<const float, 1> weight;
+    float eps = 1e-5f;
+};
+
 struct Mixer {
     virtual ~Mixer() = default;
     // u [t e] -> [t e]. With a state the sequences continue from it and leave their end there; without one
     // they start from zero. Rows split into sequences by ctx.cu_seqlens; empty means one token of each (a
     // step).
     virtual Var forward(Ctx& ctx, const Var& u, MixerState* state) = 0;
-    // A zero state for s sequences; nullptr for a mixer without memory (an MLP).
-    virtual std::unique_ptr<MixerState> new_state(int64_t s, DType activation) const = 0;
+    // A step of the whole block: residual [t e] f32 += mixer(norm(residual)), one token of each sequence, the
+    // state's rows by ctx.slots. Inference only.
+    virtual void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) = 0;
+    // A zero state for s sequences on ex's device; nullptr for a mixer without memory (an MLP).
+    virtual std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const = 0;
     virtual void visit(const std::string& prefix, const ParameterVisitor& f) = 0;
 };
 

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "ssm/core/error.h"
+#include "ssm/core/view.h"
 
 namespace ssm {
 
@@ -26,6 +27,23 @@ inline void require_cu_seqlens(std::string_view op, CuSeqlens cu_seqlens, int64_
     }
     require(cu_seqlens.back() == t, op, "`cu_seqlens` must end at t = {} but ends at {}", t,
             cu_seqlens.back());
+}
+
+// States of sequences that come and go lie in slots: sequence s of a step has the state in row slots[s] of a
+// pool; without slots in row s.
+using Slots = View<const int32_t, 1>;
+
+inline int64_t slot_of(const Slots& slots, int64_t s) { return slots ? slots(s) : s; }
+
+// Of a step's front: `slots` [s] into a pool of `count` states, or absent and one state for each sequence. On
+// a GPU only the device can read them.
+inline void require_slots(std::string_view op, bool on_host, const Slots& slots, int64_t s, int64_t count) {
+    if (!slots) return;
+    require_shape(op, "slots", "s", slots, {s});
+    for (int64_t i = 0; on_host && i < s; ++i) {
+        require(slots(i) >= 0 && slots(i) < count, op, "slots[{}] = {} is outside the pool [0, {})", i,
+                slots(i), count);
+    }
 }
 
 }  // namespace ssm

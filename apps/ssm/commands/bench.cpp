@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 
 #include "apps/ssm/commands/common.h"
 #include "ssm/core/machine.h"
+#include "ssm/generate/decoder.h"
 #include "ssm/io/mapped_file.h"
 #include "ssm/core/replay.h"
 #include "ssm/models/registry.h"
@@ -23,6 +25,7 @@ struct Options {
     std::string model, shape, config;
     int64_t prompt = 512, generate = 128, train_length = 0, train_batch = 4;
     bool recompute = false;
+    std::vector<int64_t> batches{1};
     int repeats = 5;
 };
 
@@ -46,6 +49,25 @@ std::vector<std::string> shape_names() {
     return names;
 }
 
+// As a new model's, but a large matrix repeats its first 2^20 numbers: drawing billions takes a minute.
+Tensor random_value(const Parameter& p, Random& random, DType matrices) {
+    constexpr int64_t kDrawn = int64_t{1} << 20;
+    const bool matrix = p.kind == Parameter::Kind::matrix;
+    const int64_t size = element_count(p.shape);
+    if (!matrix || size <= kDrawn) {
+        Tensor value = Tensor::empty(p.shape);
+        p.init(random, value);
+        return matrix ? value.to(matrices) : value;
+    }
+    Tensor drawn = Tensor::empty({kDrawn});
+    p.init(random, drawn);
+    drawn = drawn.to(matrices);
+    const Tensor value = Tensor::empty(p.shape, matrices);
+    for (size_t at = 0; at < value.bytes(); at += drawn.bytes())
+        std::memcpy(value.raw() + at, drawn.raw(), std::min(drawn.bytes(), value.bytes() - at));
+    return value;
+}
+
 // A model folder's, or random but sane parameters in a named shape or a config's.
 std::unique_ptr<LanguageModel> make_model(const Options& o) {
     require((!o.model.empty()) + (!o.shape.empty()) + (!o.config.empty()) <= 1, "bench",
@@ -61,10 +83,8 @@ std::unique_ptr<LanguageModel> make_model(const Options& o) {
         text = find_architecture(s.architecture).new_config({.vocab = s.vocab, .e = s.e, .layers = s.layers});
     }
     auto model = build_model(text, "config");
-    model->initialise(0);
-    model->visit([&](const std::string&, Parameter& p) {
-        if (p.kind == Parameter::Kind::matrix) p.var = Var(p.value().to(dtype));
-    });
+    Random random(0);
+    model->visit([&](const std::string&, Parameter& p) { p.var = Var(random_value(p, random, dtype)); });
     return model;
 }
 
@@ -83,6 +103,7 @@ struct Test {
     int64_t tokens;
     Work work;  // floor = max(flop / rate, bytes / bandwidth)
     std::function<void()> run;
+    int64_t steps = 0;  // of decoding
 };
 
 std::vector<int32_t> random_ids(int64_t count, int64_t vocab) {
@@ -115,23 +136,25 @@ Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
             }};
 }
 
-Test decode_test(const Exec& ex, LanguageModel& model, int64_t t) {
-    const auto item = static_cast<double>(size_of(model.dtype()));
-    const double step_bytes = static_cast<double>(model.matrix_elements()) * item +
-                              2.0 * static_cast<double>(model.new_state(1).bytes());
-    return {fmt::format("tg{}", t),
-            t,
-            {.bytes = step_bytes * static_cast<double>(t)},
-            [&ex, &model, t, state = std::make_shared<ModelState>(model.new_state(1))] {
-                clear(*state);
-                int32_t id = 0;
-                for (int64_t i = 0; i < t; ++i) {
-                    Ctx ctx{.exec = ex, .activation = model.dtype()};
-                    const Var hidden = model.hidden(ctx, {&id, {1}}, state.get());
-                    const Tensor logits = model.logits(ctx, hidden.value()).to_host();
-                    id = argmax({logits.data<const float>(), static_cast<size_t>(model.vocab())});
-                }
-            }};
+// Greedy steps of b sequences; the host waits once, at the end.
+Test decode_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t t) {
+    const auto elements = static_cast<double>(model.matrix_elements()), batch = static_cast<double>(b);
+    auto decoder = std::make_shared<Decoder>(ex, model, b);
+    const double step_bytes = elements * static_cast<double>(size_of(model.dtype())) +
+                              2.0 * batch * static_cast<double>(decoder->state_bytes_per_slot());
+    std::vector<int32_t> slots;
+    for (int64_t i = 0; i < b; ++i) slots.push_back(static_cast<int32_t>(i));
+    const std::string name = b == 1 ? fmt::format("tg{}", t) : fmt::format("tg{}x{}", b, t);
+    return {name,
+            b * t,
+            {.flop = b > 1 ? 2 * elements * batch * static_cast<double>(t) : 0,
+             .bytes = step_bytes * static_cast<double>(t)},
+            [decoder, slots, t, first = random_ids(b, model.vocab())] {
+                decoder->step(slots, first);
+                for (int64_t i = 1; i < t; ++i) decoder->step();
+                decoder->next_ids();
+            },
+            t};
 }
 
 // Steps as the trainer's: gradients, norm, AdamW (of rate 0), on a GPU as a graph.
@@ -169,7 +192,13 @@ Test train_test(const Exec& ex, LanguageModel& model, const Options& o) {
             [step] { step->run(); }};
 }
 
-nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& o, DType dtype) {
+// A GPU's rates do not drift: measured once a run.
+struct GpuRates {
+    double copy = 0, products = 0;
+};
+
+nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& o, DType dtype,
+                               GpuRates& gpu) {
     const auto run_whole = [&] {
         test.run();
         synchronize(ex);
@@ -179,10 +208,17 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
     const bool bf16_products = dtype == DType::bf16 || ex.matmul == MatmulPrecision::bf16;
     std::vector<double> seconds, bandwidth, rate;
     const auto measure_floor = [&] {
-        if (ex.device != Device::cpu) return;  // the rates of a GPU are not measured yet
-        if (test.work.bytes > 0) bandwidth.push_back(measure_read_bandwidth(ex));
-        if (test.work.flop > 0)
-            rate.push_back(measure_matrix_rate(ex, bf16_products ? DType::bf16 : DType::f32));
+        const DType products = bf16_products ? DType::bf16 : DType::f32;
+        const bool bytes = test.work.bytes > 0, flop = test.work.flop > 0;
+        if (ex.device == Device::cpu) {
+            if (bytes) bandwidth.push_back(measure_read_bandwidth(ex));
+            if (flop) rate.push_back(measure_matrix_rate(ex, products));
+            return;
+        }
+        if (bytes && gpu.copy == 0) gpu.copy = measure_copy_bandwidth(ex);
+        if (flop && gpu.products == 0) gpu.products = measure_matrix_rate(ex, products);
+        if (bytes) bandwidth.assign(1, gpu.copy);
+        if (flop) rate.assign(1, gpu.products);
     };
     for (int i = 0; i < o.repeats; ++i) {
         if (i % 2 == 0) measure_floor();  // in the same minute: shared machines drift
@@ -205,8 +241,11 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
         {"dtype", name_of(dtype)},
         {"peak_gigabytes", static_cast<double>(memory) * 1e-9},
         {"tokens_per_second_best", static_cast<double>(test.tokens) / *std::ranges::min_element(seconds)}};
+    if (test.steps > 0) result["milliseconds_per_step"] = 1e3 * time / static_cast<double>(test.steps);
     if (floor > 0) result["percent_of_floor"] = 100 * floor / time;
-    if (!bandwidth.empty()) result["read_gigabytes_per_second"] = median(bandwidth) / 1e9;
+    if (!bandwidth.empty())
+        result[ex.device == Device::cpu ? "read_gigabytes_per_second" : "copy_gigabytes_per_second"] =
+            median(bandwidth) / 1e9;
     if (!rate.empty()) result["matrix_gigaflop_per_second"] = median(rate) / 1e9;
     return result;
 }
@@ -222,20 +261,23 @@ void run(const Options& o) {
         tests.push_back(train_test(ex, *model, o));
     } else {
         if (o.prompt > 0) tests.push_back(prefill_test(ex, *model, o.prompt));
-        if (o.generate > 0) tests.push_back(decode_test(ex, *model, o.generate));
+        for (const int64_t b : o.batches)
+            if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate));
     }
+    GpuRates gpu;
     nlohmann::ordered_json results = nlohmann::ordered_json::array();
     for (const Test& test : tests) {
-        results.push_back(measure(ex, test, o, o.run.type()));
+        results.push_back(measure(ex, test, o, o.run.type(), gpu));
         const auto& r = results.back();
         if (!o.run.json) {
-            const std::string share =
-                r.contains("percent_of_floor")
-                    ? fmt::format("{:.1f} % of the floor", r["percent_of_floor"].get<double>())
-                    : std::string("cuda");
-            std::printf("%-12s %10.1f tokens/s   %s   (%d threads, %s, median of %d)\n", test.name.c_str(),
-                        r["tokens_per_second"].get<double>(), share.c_str(), ex.threads, o.run.dtype.c_str(),
-                        o.repeats);
+            const std::string step =
+                test.steps > 0 ? fmt::format("{:.3f} ms a step   ", r["milliseconds_per_step"].get<double>())
+                               : std::string();
+            const std::string where =
+                ex.device == Device::cpu ? fmt::format("{} threads", ex.threads) : std::string("cuda");
+            std::printf("%-12s %10.1f tokens/s   %s%.1f %% of the floor   (%s, %s, median of %d)\n",
+                        test.name.c_str(), r["tokens_per_second"].get<double>(), step.c_str(),
+                        r["percent_of_floor"].get<double>(), where.c_str(), o.run.dtype.c_str(), o.repeats);
             std::fflush(stdout);
         }
     }
@@ -257,6 +299,10 @@ void add_bench(CLI::App& app) {
         ->capture_default_str();
     c->add_option("--tg", o->generate, "Tokens to write one by one; 0: not measured")
         ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--batch", o->batches, "Sequences written at once; several: each is measured")
+        ->delimiter(',')
+        ->check(CLI::Range(1, 1024))
         ->capture_default_str();
     c->add_option("--train-length", o->train_length,
                   "Measure a training step (gradients and AdamW) of this length")

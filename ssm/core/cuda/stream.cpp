@@ -29,37 +29,4 @@ void Event::record(const Exec& ex) {
 }
 void Event::wait() const { check(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)), "device"); }
 
-// Relaxed: an allocation that the pool cannot serve is made at once and is not part of the graph.
-Graph::Graph(const Exec& ex, const std::function<void()>& ask) : ex_(ex) {
-    cudaGraph_t graph = nullptr;
-    ex_.allocator->start_withholding();
-    check(cudaStreamBeginCapture(stream_of(ex_), cudaStreamCaptureModeRelaxed), "graph");
-    try {
-        ask();
-    } catch (...) {
-        cudaStreamEndCapture(stream_of(ex_), &graph);
-        if (graph != nullptr) cudaGraphDestroy(graph);
-        ex_.allocator->give_back(ex_.allocator->stop_withholding());
-        throw;
-    }
-    const cudaError_t captured = cudaStreamEndCapture(stream_of(ex_), &graph);
-    memory_ = ex_.allocator->stop_withholding();
-    cudaGraphExec_t runnable = nullptr;
-    const cudaError_t made = captured == cudaSuccess ? cudaGraphInstantiate(&runnable, graph, 0) : captured;
-    if (graph != nullptr) cudaGraphDestroy(graph);
-    if (made != cudaSuccess) ex_.allocator->give_back(std::move(memory_));
-    check(made, "graph");
-    graph_ = runnable;
-}
-
-Graph::~Graph() {
-    cudaStreamSynchronize(stream_of(ex_));
-    cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(graph_));
-    ex_.allocator->give_back(std::move(memory_));
-}
-
-void Graph::launch() const {
-    check(cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph_), stream_of(ex_)), "graph");
-}
-
 }  // namespace ssm::cuda

@@ -1,11 +1,9 @@
-// What host code asks of a GPU's stream, without CUDA's headers: pinned memory, events, captured graphs.
+// What host code asks of a GPU's stream, without CUDA's headers: pinned memory, events.
 // Declared in every build, defined in one with CUDA: callers ask `if constexpr (kHasCuda)` first.
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <memory>
-#include <vector>
 
 #include "ssm/core/exec.h"
 
@@ -30,22 +28,6 @@ public:
 
 private:
     void* event_ = nullptr;
-};
-
-// The work that `ask` puts into ex's stream, captured instead of run. The memory that it took and gave back
-// belongs to the graph.
-class Graph {
-public:
-    Graph(const Exec& ex, const std::function<void()>& ask);
-    ~Graph();
-    Graph(const Graph&) = delete;
-    Graph& operator=(const Graph&) = delete;
-    void launch() const;
-
-private:
-    Exec ex_;
-    void* graph_ = nullptr;
-    std::vector<Allocator::Block> memory_;
 };
 
 }  // namespace ssm::cuda

@@ -71,7 +71,9 @@ template <class T>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y) {
     check_inputs(ex, in);
     const int64_t s = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
-    if (k > 1) require_shape(kOp, "state", "s k-1 d", state, {s, k - 1, d});
+    const int64_t states = in.slots ? state.shape[0] : s;
+    if (k > 1) require_shape(kOp, "state", "s k-1 d", state, {states, k - 1, d});
+    if (k > 1) require_slots(kOp, ex.device == Device::cpu, in.slots, s, states);
     require_shape(kOp, "y", "s d", y, {s, d});
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda) return cuda::causal_conv1d_step(ex, in, state, y);

@@ -29,6 +29,7 @@ struct CausalConv1dInputs {
     CuSeqlens cu_seqlens;            // [s+1]
     View<const T, 3> initial_state;  // [s k-1 d] or absent (zero)
     Activation activation = Activation::silu;
+    Slots slots = {};  // the step: [s], rows of `state`, or absent
 };
 
 // y and, where present, final_state: the last k-1 inputs of each sequence (those of initial_state where the
@@ -54,7 +55,7 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
                             View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad);
 
 // One token of each of s sequences: in.x is [s d]; in.cu_seqlens and in.initial_state are ignored. `state`
-// [s k-1 d] is shifted in place.
+// [s k-1 d], with slots [any k-1 d], is shifted in place. Here `y` may be `x`.
 template <class T>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y);
 

@@ -373,11 +373,12 @@ void Step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, Vie
         GatherTaps(in.weight, c, lanes, taps);
         for (int64_t s = 0; s < in.x.shape[0]; ++s) {
             Vec sum = BiasOr0(in.bias, c, lanes);
+            T* const inputs = state.row(slot_of(in.slots, s)) + c;
             for (int64_t j = 0; j < k; ++j) {
-                T* old = j < k - 1 ? state.row(s) + j * d + c : nullptr;
+                T* old = j < k - 1 ? inputs + j * d : nullptr;
                 const Vec x = Load(tag, old != nullptr ? old : in.x.row(s) + c, lanes);
                 sum = hn::MulAdd(hn::Load(tag, taps + j * kLanes), x, sum);
-                if (j > 0) Store(tag, x, state.row(s) + (j - 1) * d + c, lanes);
+                if (j > 0) Store(tag, x, inputs + (j - 1) * d, lanes);
             }
             Store(tag, Activate(in.activation, sum), y.row(s) + c, lanes);
         }

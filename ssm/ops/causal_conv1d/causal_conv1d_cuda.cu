@@ -111,8 +111,9 @@ __global__ void __launch_bounds__(kConvThreads) ForwardPlain(const __grid_consta
 template <class T>
 struct StateParams {
     ConvInputs<T> in;
-    View<T, 3> state;  // final_state, or the step's
-    View<T, 2> y;      // the step's
+    View<T, 3> state;                // final_state, or the step's
+    View<T, 2> y;                    // the step's
+    const int32_t* slots = nullptr;  // [s], or absent
 };
 
 // The last k-1 inputs, oldest first: where final_state is initial_state, none is read after it is written.
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kConvThreads) Step(const __grid_constant__ Sta
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kConvThreads + threadIdx.x;
     const int64_t s = i / packs, channel = i % packs * N;
     if (s >= p.in.x.shape[0]) return;
-    T* state = p.state.data + s * p.state.stride + channel;
+    const int64_t slot = p.slots != nullptr ? p.slots[s] : s;
+    T* state = p.state.data + slot * p.state.stride + channel;
     const float* weight = p.in.weight.data + channel * p.in.weight.stride;
     const Pack<T, N> x = load_pack<N>(p.in.x.data + s * p.in.x.stride + channel);
     Pack<float, N> sum;
@@ -186,7 +188,7 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
     constexpr int N = 16 / sizeof(T);
     const int64_t s = in.x.shape[0], d = in.x.shape[1];
     if (s * d == 0) return;
-    const StateParams<T> p{conv_inputs(in, {}), state, y};
+    const StateParams<T> p{conv_inputs(in, {}), state, y, in.slots.data};
     // Few channels: a thread each.
     const bool packs = s * d >= int64_t{8192} * ex.cuda->multiprocessors() && d % N == 0 &&
                        conv_packable(in.x, N) && conv_packable(y, N) && conv_packable(state, N);

@@ -1,5 +1,6 @@
 #include "ssm/ops/linear/linear.h"
 
+#include "ssm/ops/elementwise/elementwise.h"
 #include "ssm/ops/linear/linear_impl.h"
 
 namespace ssm {
@@ -200,6 +201,29 @@ void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<co
 void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
             const Tensor& y) {
     linear_any(ex, x, weight, bias, y, nullptr);
+}
+
+void linear_add(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
+                View<float, 2> y) {
+    require(static_cast<bool>(weight), kOp, "`weight` is absent");
+    const Tensor& w = weight.weight();
+    require_shape(kOp, "y", "t o", y, {x.dim(0), w.dim(0)});
+    if constexpr (kHasCuda) {
+        if (on_gpu(ex) && !bias && x.dtype() == w.dtype() && x.dim(0) > cuda::kFewRows) {
+            require_matrix(kOp, "x", "t i", x, -1, w.dim(1));
+            return product(ex, {.m = x.dim(0),
+                                .n = w.dim(0),
+                                .k = w.dim(1),
+                                .a = matrix_of(x),
+                                .b = transposed(matrix_of(w)),
+                                .c = y.data,
+                                .c_stride = y.stride,
+                                .beta = 1.0f});
+        }
+    }
+    const Tensor sum = Tensor::empty(ex, {x.dim(0), w.dim(0)});
+    linear(ex, x, weight, bias, sum);
+    accumulate(ex, sum.view<const float, 2>(), y);
 }
 
 void linear_backward(const Exec& ex, const Tensor& grad_y, const Tensor& x, const Tensor& weight,

@@ -43,6 +43,10 @@ private:
 void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
             const Tensor& y);
 
+// y += x W^T + bias: a residual's sum.
+void linear_add(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
+                View<float, 2> y);
+
 // For weights that change (training). With ex.matmul == bf16, f32 inputs are rounded to bf16 first.
 void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const float, 1> bias,
             const Tensor& y);

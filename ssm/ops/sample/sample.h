@@ -33,6 +33,8 @@ struct SamplerOptions {
     float min_p = 0.0f;               // [0, 1); 0: off
     float repetition_penalty = 1.0f;  // > 0; 1: off
     uint64_t seed = 0;
+
+    bool operator==(const SamplerOptions&) const = default;
 };
 
 class Sampler {
@@ -45,6 +47,7 @@ public:
     // -inf, Error(invalid_argument) when an id or `valid` is out of range.
     int32_t sample(std::span<const float> logits, int64_t valid, std::span<const int32_t> history);
 
+    const SamplerOptions& options() const { return options_; }
     uint64_t draws() const { return draws_; }
     void set_draws(uint64_t draws) { draws_ = draws; }
 

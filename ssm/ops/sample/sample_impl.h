@@ -5,6 +5,7 @@
 
 #include "ssm/core/exec.h"
 #include "ssm/core/view.h"
+#include "ssm/ops/sample/slot_samplers.h"
 
 namespace ssm::cpu {
 
@@ -32,5 +33,19 @@ void block_sums(const float* w, int64_t n, double* sums);
 namespace ssm::cuda {
 
 void argmax(const Exec& ex, View<const float, 2> logits, View<int32_t, 1> ids);
+
+// slot_samplers_cuda.cu
+struct SampleParams {
+    View<const float, 2> logits;  // [b v]
+    int64_t valid;
+    SlotSamplers::Slot* state;  // [slots]
+    View<uint32_t, 2> seen;     // [slots words]
+    const int32_t* slots;       // [b] or absent
+    View<int32_t, 1> ids;       // [b]
+    bool seen_before;
+};
+void sample(const Exec& ex, const SampleParams& p);
+// Sets the bits of `ids` in seen [words].
+void mark_seen(const Exec& ex, View<const int32_t, 1> ids, View<uint32_t, 1> seen);
 
 }  // namespace ssm::cuda

@@ -113,7 +113,9 @@ void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<
                          View<T, 2> y) {
     check_inputs(ex, in);
     const int64_t s = in.u.shape[0], d = in.u.shape[1], n = in.A.shape[1];
-    require_shape(kOp, "state", "s d n", state, {s, d, n});
+    const int64_t states = in.slots ? state.shape[0] : s;
+    require_shape(kOp, "state", "s d n", state, {states, d, n});
+    require_slots(kOp, ex.device == Device::cpu, in.slots, s, states);
     require_shape(kOp, "y", "s d", y, {s, d});
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda) return cuda::selective_scan_step(ex, in, state, y);

@@ -36,6 +36,7 @@ struct SelectiveScanInputs {
     CuSeqlens cu_seqlens;                // [s+1]
     View<const float, 3> initial_state;  // [s d n] or absent (zero)
     bool delta_softplus = true;
+    Slots slots = {};  // the step: [s], rows of `state`, or absent
 };
 
 struct SelectiveScanOptions {
@@ -87,7 +88,7 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
                              const SelectiveScanOptions& options = {});
 
 // One token of each of s sequences: rows of `in` are sequences ([s d], [s n]); in.cu_seqlens and
-// in.initial_state are ignored. `state` [s d n] is advanced in place.
+// in.initial_state are ignored. `state` [s d n], with slots [any d n], is advanced in place.
 template <class T>
 void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> state,
                          View<T, 2> y);

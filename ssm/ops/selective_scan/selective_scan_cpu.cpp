@@ -381,12 +381,13 @@ void Step(const Exec& ex, const SelectiveScanInputs<T>& in, View<float, 3> state
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t s = unit / pieces, c = unit % pieces * kStepChannels;
             const int64_t count = std::min(kStepChannels, d - c);
+            float* const states = state.row(slot_of(in.slots, s));
             if (n % kLanes == 0) {
-                StepChannels(ScanTag(), in, state.row(s), y, s, c, count);
+                StepChannels(ScanTag(), in, states, y, s, c, count);
             } else if (n % 4 == 0) {
-                StepChannels(hn::CappedTag<float, 4>(), in, state.row(s), y, s, c, count);
+                StepChannels(hn::CappedTag<float, 4>(), in, states, y, s, c, count);
             } else {
-                StepChannels(hn::CappedTag<float, 1>(), in, state.row(s), y, s, c, count);
+                StepChannels(hn::CappedTag<float, 1>(), in, states, y, s, c, count);
             }
         }
     });

@@ -229,14 +229,14 @@ template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     Step(View<const T, 2> u, View<const T, 2> z, View<const float, 2> delta, View<const float, 2> A,
          View<const float, 2> B, View<const float, 2> C, const float* D, const float* bias, bool softplus,
-         View<float, 3> state, View<T, 2> y) {
+         View<float, 3> state, const int32_t* slots, View<T, 2> y) {
     const int64_t d = u.shape[1], n = A.shape[1];
     const int64_t pair = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
     const bool mine = pair < u.shape[0] * d;
     const int64_t s = mine ? pair / d : 0, c = mine ? pair % d : 0;
     const float x = to_float(u.data[s * u.stride + c]);
     const float dt = step_of(delta.data[s * delta.stride + c], bias != nullptr ? bias[c] : 0.0f, softplus);
-    float* h = state.data + s * state.stride + c * n;
+    float* h = state.data + (slots != nullptr ? slots[s] : s) * state.stride + c * n;
     float sum = 0.0f;
     for (int64_t j = threadIdx.x % kLanes; mine && j < n; j += kLanes) {
         h[j] =
@@ -355,7 +355,7 @@ void selective_scan_step(const Exec& ex, const SelectiveScanInputs<T>& in, View<
         constexpr int kLanes = decltype(lanes)::value;
         Step<T, kLanes><<<blocks_for(pairs * kLanes, kThreads), kThreads, 0, stream_of(ex)>>>(
             in.u, in.z, in.delta, in.A, in.B, in.C, in.D.data, in.delta_bias.data, in.delta_softplus, state,
-            y);
+            in.slots.data, y);
     };
     if (in.A.shape[1] <= 16) {
         launch(std::integral_constant<int, 16>{});

@@ -111,7 +111,9 @@ template <class T>
 void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
     const Sizes z = check_inputs("ssd_step", ex, in);
     if (z.t == 0) return;
-    require_shape("ssd_step", "state", "s h p n", state, {z.t, z.h, z.p, z.n});
+    const int64_t states = in.slots ? state.shape[0] : z.t;
+    require_shape("ssd_step", "state", "s h p n", state, {states, z.h, z.p, z.n});
+    require_slots("ssd_step", ex.device == Device::cpu, in.slots, z.t, states);
     require_shape("ssd_step", "y", "s h p", y, {z.t, z.h, z.p});
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda) return cuda::ssd_step<T>(ex, in, state, y);

@@ -43,6 +43,7 @@ struct SsdInputs {
     bool dt_softplus = true;
     float dt_min = 0.0f;  // clamp after softplus; applied only if dt_softplus
     float dt_max = std::numeric_limits<float>::infinity();
+    Slots slots = {};  // the step: [s], rows of `state`, or absent
 };
 
 struct SsdOptions {
@@ -86,7 +87,7 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
                   const SsdOptions& options = {});
 
 // One token of each of s sequences: rows of `in` are sequences; in.cu_seqlens and in.initial_state are
-// ignored. `state` [s h p n] is advanced in place.
+// ignored. `state` [s h p n], with slots [any h p n], is advanced in place.
 template <class T>
 void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
 

@@ -324,7 +324,7 @@ StepRows<T> step_rows_of(const SsdInputs<T>& in, int64_t s, int64_t head, View<f
             .C = in.C.row(s) + head / (h / g) * n,
             .D = in.D ? in.D.row(head) : nullptr,
             .D_step = in.D && in.D.shape[1] > 1 ? 1 : 0,
-            .state = state.row(s) + head * p * n,
+            .state = state.row(slot_of(in.slots, s)) + head * p * n,
             .y = y.row(s) + head * p};
 }
 

@@ -1,4 +1,4 @@
-// CUDA kernels of ssd and ssd_step. A block walks over the chunks of one (sequence, head); the state stays in
+// CUDA kernels of ssd. A block walks over the chunks of one (sequence, head); the state stays in
 // its registers from the first chunk to the last, so that no state but those asked for goes through memory.
 #include "ssm/ops/ssd/ssd_tile.cuh"
 
@@ -254,47 +254,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
         write_state<N>(p.final_state.data + a.s * p.final_state.stride + a.state_at, S, a);
 }
 
-template <class T>
-struct StepParams {
-    SsdInputs<T> in;
-    View<float, 4> state;
-    View<T, 3> y;
-};
-
-constexpr int kStepThreads = 256, kRowLanes = 8, kStepRows = kStepThreads / kRowLanes;
-
-// Eight lanes take a row of a state, W elements at a time.
-template <class T, int W>
-__global__ void __launch_bounds__(kStepThreads) Step(const __grid_constant__ StepParams<T> a) {
-    const SsdInputs<T>& in = a.in;
-    const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = in.B.shape[2];
-    const int64_t s = blockIdx.x / heads, h = blockIdx.x % heads, group = h / (heads / groups);
-    const int64_t i = blockIdx.y * kStepRows + threadIdx.x / kRowLanes;
-    const float dt = step_size(in, s, h), decay = expf(dt * in.A.data[h * in.A.stride]);
-    const bool inside = i < p;
-    const float x = inside ? to_float(in.x.data[s * in.x.stride + h * p + i]) : 0.0f;
-    const T* B = in.B.data + s * in.B.stride + group * n;
-    const T* C = in.C.data + s * in.C.stride + group * n;
-    float* S = a.state.data + s * a.state.stride + (h * p + i) * n;
-    float y = 0.0f;
-#pragma unroll 4
-    for (int64_t k = threadIdx.x % kRowLanes * W; inside && k < n; k += kRowLanes * W) {
-        Pack<float, W> v = load_pack<W>(S + k);
-        const Pack<T, W> b = load_pack<W>(B + k), c = load_pack<W>(C + k);
-#pragma unroll
-        for (int e = 0; e < W; ++e) {
-            v.at[e] = decay * v.at[e] + dt * x * to_float(b.at[e]);
-            y += v.at[e] * to_float(c.at[e]);
-        }
-        store_pack(S + k, v);
-    }
-#pragma unroll
-    for (int offset = 1; offset < kRowLanes; offset *= 2) y += __shfl_xor_sync(kAllLanes, y, offset);
-    if (!inside || threadIdx.x % kRowLanes != 0) return;
-    if (in.D.data != nullptr) y += in.D.data[h * in.D.stride + (in.D.shape[1] == 1 ? 0 : i)] * x;
-    a.y.data[s * a.y.stride + h * p + i] = from_float<T>(y);
-}
-
 template <class T, int N>
 void launch_forward(const Exec& ex, const ForwardParams<T>& p) {
     const int64_t blocks = p.sequences.count * p.in.x.shape[1] * p.ptiles;
@@ -326,25 +285,9 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
     }
 }
 
-template <class T>
-void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
-    const StepParams<T> p{in, state, y};
-    const dim3 blocks(static_cast<unsigned>(in.x.shape[0] * in.x.shape[1]),
-                      blocks_for(in.x.shape[2], kStepRows));
-    if (in.B.shape[2] % 4 == 0 && packable(state.data, state.stride, 4) &&
-        packable(in.B.data, in.B.stride, 4) && packable(in.C.data, in.C.stride, 4)) {
-        Step<T, 4><<<blocks, kStepThreads, 0, stream_of(ex)>>>(p);
-    } else {
-        Step<T, 1><<<blocks, kStepThreads, 0, stream_of(ex)>>>(p);
-    }
-    check_launch("ssd_step");
-}
-
 template void ssd(const Exec&, const SsdInputs<float>&, View<float, 3>, View<float, 4>, View<float, 4>,
                   int64_t);
 template void ssd(const Exec&, const SsdInputs<bf16>&, View<bf16, 3>, View<float, 4>, View<float, 4>,
                   int64_t);
-template void ssd_step(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
-template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);
 
 }  // namespace ssm::cuda

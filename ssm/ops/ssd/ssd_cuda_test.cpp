@@ -2,6 +2,8 @@
 // kGradientStart; rows lie apart and begin at odd addresses where the case has padding.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "ssm/ops/ssd/ssd_run_reference.h"
 #include "tests/support/cuda.h"
 
@@ -175,6 +177,50 @@ TEST(SsdCuda, Step) {
     for (const SsdCase& c : shapes()) {
         expect_step<float>(c);
         expect_step<bf16>(c);
+    }
+    for (const int64_t n : {16, 32, 64, 128}) {
+        for (const int64_t p : {5, 16, 64}) {
+            const SsdCase c{.h = 4, .p = p, .g = 2, .n = n};
+            expect_step<float>(c);
+            expect_step<bf16>(c);
+        }
+    }
+}
+
+// Slots: the states of a larger pool, in another order; the others stay.
+TEST(SsdCuda, StepInSlots) {
+    const Exec& ex = cuda_exec();
+    for (const int64_t n : {3, 128}) {
+        const int64_t s = 3, pool = 5, h = 2, p = 9;
+        const std::vector<int32_t> slots{4, 0, 2};
+        Random random(3);
+        const Tensor x = on_device(random.vector(s * h * p), {s, h, p}),
+                     dt = on_device(random.vector(s * h), {s, h}),
+                     A = on_device(random.vector(h, -1.0f, 0.0f), {h}),
+                     B = on_device(random.vector(s * n), {s, 1, n}),
+                     C = on_device(random.vector(s * n), {s, 1, n}),
+                     all = on_device(random.vector(pool * h * p * n), {pool, h, p, n}),
+                     there = on_device(slots, {s}), y = Tensor::empty(ex, {s, h, p}),
+                     want = Tensor::empty(ex, {s, h, p}), dense = Tensor::empty(ex, {s, h, p, n});
+        const std::vector<float> before = from_device<float>(all);
+        for (int64_t i = 0; i < s; ++i)
+            dense.rows(i, i + 1).copy_from(
+                all.rows(slots[static_cast<size_t>(i)], slots[static_cast<size_t>(i)] + 1));
+        SsdInputs<float> in{x.view<const float, 3>(), dt.view<const float, 2>(), A.view<const float, 1>(),
+                            B.view<const float, 3>(), C.view<const float, 3>()};
+        ssd_step<float>(ex, in, dense.view<float, 4>(), want.view<float, 3>());
+        in.slots = there.view<const int32_t, 1>();
+        ssd_step<float>(ex, in, all.view<float, 4>(), y.view<float, 3>());
+        EXPECT_EQ(from_device<float>(y), from_device<float>(want));
+        for (int64_t slot = 0; slot < pool; ++slot) {
+            const auto at = std::ranges::find(slots, slot);
+            const auto now = from_device<float>(all.rows(slot, slot + 1));
+            if (at == slots.end()) {
+                EXPECT_TRUE(std::equal(now.begin(), now.end(), before.begin() + slot * h * p * n));
+            } else {
+                EXPECT_EQ(now, from_device<float>(dense.rows(at - slots.begin(), at - slots.begin() + 1)));
+            }
+        }
     }
 }
 

@@ -1,0 +1,44 @@
+// Launches that begin before the kernel before them has ended (programmatic dependent launch), in a stream or
+// a captured graph. Included by .cu files only.
+//
+// A kernel launched by launch_overlapped may, before wait_for_inputs(), only read what no kernel that could
+// still run writes: weights. After it everything asked of the stream before is complete and visible, because
+// each of these kernels waits. allow_next() lets the next one begin as soon as every block of this one has
+// called it or ended; called first, it lets the next kernels fetch their weights while this one works.
+#pragma once
+
+#include <string_view>
+#include <utility>
+
+#include "ssm/core/cuda/context.h"
+
+namespace ssm::cuda {
+
+__device__ inline void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void allow_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Asks for the cache line of p to be brought to L2: a hint, of memory that may still be written.
+__device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+struct LaunchShape {
+    dim3 blocks, threads;
+    size_t shared_bytes = 0;
+};
+
+template <class... Wanted, class... Given>
+void launch_overlapped(const Exec& ex, std::string_view op, void (*kernel)(Wanted...),
+                       const LaunchShape& shape, Given&&... args) {
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.blocks;
+    config.blockDim = shape.threads;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream_of(ex);
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(args)...), op);
+}
+
+}  // namespace ssm::cuda

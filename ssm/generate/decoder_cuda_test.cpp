@@ -1,0 +1,54 @@
+// Decoder on a GPU: steps by graph, in any groups, are the sequences read at once.
+#include "ssm/generate/decoder.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/support/cuda.h"
+#include "tests/support/decoder_checks.h"
+#include "tests/support/decoder_shapes.h"
+
+namespace ssm::test {
+namespace {
+
+TEST(DecoderCuda, AnyGroupsOfSlots) {
+    for (const ReferenceShape& shape : decoder_shapes())
+        for (const int64_t slots : {1, 3, 8, 20}) expect_decodes(cuda_exec(), shape, slots, DType::f32, 1e-4);
+}
+
+TEST(DecoderCuda, Bf16) {
+    for (const ReferenceShape& shape : decoder_shapes())
+        for (const int64_t slots : {3, 20}) expect_decodes(cuda_exec(), shape, slots, DType::bf16, 3e-2);
+}
+
+TEST(DecoderCuda, GreedySteps) {
+    for (const ReferenceShape& shape : decoder_shapes())
+        for (const int64_t slots : {1, 12}) expect_greedy_steps(cuda_exec(), shape, slots);
+}
+
+TEST(DecoderCuda, StatesMove) {
+    for (const ReferenceShape& shape : decoder_shapes()) expect_states_move(cuda_exec(), shape);
+}
+
+// What the graph of the second step does is what the first step did without one.
+TEST(DecoderCuda, GraphsDoWhatWasCaptured) {
+    for (const DType dtype : {DType::f32, DType::bf16})
+        for (const ReferenceShape& shape : decoder_shapes()) {
+            const ModelCase c(shape, 2, dtype);
+            c.model->move_to(cuda_exec());
+            const std::vector<int32_t> slots{0, 1, 2}, ids{1, 2, 3};
+            Decoder decoder(cuda_exec(), *c.model, 3);
+            std::vector<std::vector<float>> without;
+            for (int i = 0; i < 2; ++i) {
+                decoder.step(slots, ids);  // i = 0: as it is
+                for (int32_t row = 0; row < 3; ++row) {
+                    const auto logits = host_row(decoder.logits(), row);
+                    if (i == 0) without.push_back(logits);
+                    EXPECT_EQ(logits, without[static_cast<size_t>(row)]);
+                    decoder.clear(row);
+                }
+            }
+        }
+}
+
+}  // namespace
+}  // namespace ssm::test

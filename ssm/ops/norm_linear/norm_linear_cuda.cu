@@ -1,0 +1,435 @@
+// One kernel for a step's projection. A warp computes R neighbouring rows of W ("a task") with every row of
+// x, its lanes read 16 bytes of a row each, U of them begun before the first is used; tasks are dealt out to
+// all warps in turn. The first task's weights are under way before the kernel waits for its inputs. Then the
+// block stages v = x w (with the gate) in shared memory, rounded to the weight's type, and sums v's squares;
+// with one group the division by the norm comes after the product. Shared: [T i] of the weight's type.
+#include <algorithm>
+
+#include "ssm/core/cuda/launch.cuh"
+#include "ssm/core/cuda/words.cuh"
+#include "ssm/ops/norm_linear/norm_linear_impl.h"
+
+namespace ssm::cuda {
+namespace {
+
+constexpr std::string_view kOp = "norm_linear";
+constexpr int kThreads = 256, kBlocks = 2 /* of a multiprocessor */, kWarps = kThreads / kWarp, kMostRows = 8,
+              kTaps = 4;
+constexpr int kMostShared = 200 << 10;
+
+using Gate = RmsNormOptions::Gate;
+
+struct ConvParams {
+    int64_t first, d;  // columns of y; d = 0: none
+    int k;
+    const float* weight;  // [d k]
+    int64_t weight_stride;
+    const float* bias;  // [d] or absent
+    void* state;        // [any k-1 d] of y's type
+    int64_t state_stride;
+    const int32_t* slots;  // [t] or absent
+    bool silu;
+};
+
+struct Params {
+    int64_t i, o, tasks;
+    int t;
+    const void *x, *z;  // [t i]
+    int64_t x_stride, z_stride;
+    const float* norm_weight;  // [i] or absent
+    int64_t groups;            // 0: no norm
+    float eps;
+    bool unit_offset;
+    Gate gate;
+    const void* weight;  // [o i]
+    int64_t weight_stride;
+    const float* bias;  // [o] or absent
+    void* y;            // [t o]
+    int64_t y_stride;
+    bool y_is_bf16, add;
+    ConvParams conv;
+};
+
+// ---- Before the product: v in shared memory ----
+
+template <int P>
+__device__ inline Pack<float, P> norm_weights(const Params& p, int64_t j) {
+    Pack<float, P> w;
+#pragma unroll
+    for (int k = 0; k < P; ++k) w.at[k] = 1.0f;
+    if (p.norm_weight == nullptr || j >= p.i) return w;
+    w = load_pack<P>(p.norm_weight + j);
+#pragma unroll
+    for (int k = 0; k < P; ++k) w.at[k] += p.unit_offset ? 1.0f : 0.0f;
+    return w;
+}
+
+template <class X>
+__device__ inline float gate_of(const Params& p, int64_t t, int64_t j) {
+    return silu(to_float(static_cast<const X*>(p.z)[t * p.z_stride + j]));
+}
+
+// One group, or no norm: v without the division; squares[warp][t] are the warps' sums of squares.
+template <class X, class W, int T, int P>
+__device__ inline void stage(const Params& p, Pack<float, P> w, W* v, float (*squares)[T]) {
+    float sums[T] = {};
+    for (int64_t j = threadIdx.x * P; j < p.i; j += kThreads * P) {
+        if (j >= kThreads * P) w = norm_weights<P>(p, j);
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Pack<W, P> out;
+            if (t < p.t) {
+                const Pack<X, P> x = load_pack<P>(static_cast<const X*>(p.x) + t * p.x_stride + j);
+                Pack<X, P> z{};
+                if (p.gate != Gate::none) z = load_pack<P>(static_cast<const X*>(p.z) + t * p.z_stride + j);
+#pragma unroll
+                for (int k = 0; k < P; ++k) {
+                    const float g = p.gate != Gate::none ? silu(to_float(z.at[k])) : 1.0f;
+                    float one = to_float(x.at[k]);
+                    if (p.gate == Gate::before) one *= g;
+                    sums[t] = fmaf(one, one, sums[t]);
+                    if (p.gate == Gate::after) one *= g;
+                    out.at[k] = from_float<W>(one * w.at[k]);
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < P; ++k) out.at[k] = from_float<W>(0.0f);
+            }
+            store_pack(v + t * p.i + j, out);
+        }
+    }
+    if (p.groups == 0) return;
+#pragma unroll
+    for (int t = 0; t < T; ++t) {
+        sums[t] = warp_sum(sums[t]);
+        if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp][t] = sums[t];
+    }
+}
+
+// Several groups: a warp takes one of one token; v is divided here.
+template <class X, class W, int T>
+__device__ inline void stage_groups(const Params& p, W* v) {
+    const int64_t width = p.i / p.groups;
+    for (int64_t unit = threadIdx.x / kWarp; unit < T * p.groups; unit += kWarps) {
+        const int64_t t = unit / p.groups, begin = unit % p.groups * width;
+        const bool real = t < p.t;
+        const X* x = static_cast<const X*>(p.x) + (real ? t : 0) * p.x_stride;
+        float sum = 0.0f;
+        for (int64_t j = begin + threadIdx.x % kWarp; real && j < begin + width; j += kWarp) {
+            const float one = to_float(x[j]) * (p.gate == Gate::before ? gate_of<X>(p, t, j) : 1.0f);
+            sum = fmaf(one, one, sum);
+        }
+        const float rstd = rsqrtf(warp_sum(sum) / static_cast<float>(width) + p.eps);
+        for (int64_t j = begin + threadIdx.x % kWarp; j < begin + width; j += kWarp) {
+            float one = 0.0f;
+            if (real)
+                one = to_float(x[j]) * (p.gate != Gate::none ? gate_of<X>(p, t, j) : 1.0f) * rstd *
+                      norm_weights<1>(p, j).at[0];
+            v[t * p.i + j] = from_float<W>(one);
+        }
+    }
+}
+
+template <int T>
+__device__ inline float division(const Params& p, const float (*squares)[T], int t) {
+    if (p.groups != 1) return 1.0f;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += squares[w][t];
+    return rsqrtf(sum / static_cast<float>(p.i) + p.eps);
+}
+
+// ---- After the product: what a lane that holds the sum of (row, token) does with it ----
+
+// Fetched ahead: constants before the inputs are there, the rest after.
+struct Ahead {
+    float bias = 0.0f, conv_bias = 0.0f, old = 0.0f, taps[kTaps] = {}, inputs[kTaps - 1] = {};
+};
+
+__device__ inline bool in_conv(const Params& p, int64_t row) {
+    return row >= p.conv.first && row < p.conv.first + p.conv.d;
+}
+__device__ inline float load_y(const Params& p, const void* data, int64_t at) {
+    return p.y_is_bf16 ? to_float(static_cast<const bf16*>(data)[at]) : static_cast<const float*>(data)[at];
+}
+__device__ inline void store_y(const Params& p, void* data, int64_t at, float y) {
+    if (p.y_is_bf16) {
+        static_cast<bf16*>(data)[at] = from_float<bf16>(y);
+    } else {
+        static_cast<float*>(data)[at] = y;
+    }
+}
+
+__device__ inline void fetch_constants(const Params& p, int64_t row, Ahead& a) {
+    if (row >= p.o) return;
+    if (p.bias != nullptr) a.bias = p.bias[row];
+    if (!in_conv(p, row)) return;
+    const int64_t c = row - p.conv.first;
+    if (p.conv.bias != nullptr) a.conv_bias = p.conv.bias[c];
+    if (p.conv.k != kTaps) return;
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) a.taps[j] = p.conv.weight[c * p.conv.weight_stride + j];
+}
+
+__device__ inline int64_t state_at(const Params& p, int64_t row, int t) {
+    const int64_t slot = p.conv.slots != nullptr ? p.conv.slots[t] : t;
+    return slot * p.conv.state_stride + row - p.conv.first;
+}
+
+__device__ inline void fetch_variables(const Params& p, int64_t row, int t, Ahead& a) {
+    if (row >= p.o || t >= p.t) return;
+    if (p.add) a.old = load_y(p, p.y, t * p.y_stride + row);
+    if (p.conv.k != kTaps || !in_conv(p, row)) return;
+    const int64_t at = state_at(p, row, t);
+#pragma unroll
+    for (int j = 0; j < kTaps - 1; ++j) a.inputs[j] = load_y(p, p.conv.state, at + j * p.conv.d);
+}
+
+__device__ inline float convolve(const Params& p, int64_t row, int t, float x, const Ahead& a) {
+    if (p.y_is_bf16) x = to_float(from_float<bf16>(x));
+    const int64_t at = state_at(p, row, t), d = p.conv.d;
+    float sum = a.conv_bias;
+    if (p.conv.k == kTaps) {
+#pragma unroll
+        for (int j = 0; j < kTaps - 1; ++j) {
+            sum = fmaf(a.taps[j], a.inputs[j], sum);
+            store_y(p, p.conv.state, at + j * d, j + 1 < kTaps - 1 ? a.inputs[(j + 1) % (kTaps - 1)] : x);
+        }
+        sum = fmaf(a.taps[kTaps - 1], x, sum);
+    } else {
+        const float* taps = p.conv.weight + (row - p.conv.first) * p.conv.weight_stride;
+        for (int j = 0; j < p.conv.k; ++j) {
+            const float input = j < p.conv.k - 1 ? load_y(p, p.conv.state, at + j * d) : x;
+            if (j > 0) store_y(p, p.conv.state, at + (j - 1) * d, input);
+            sum = fmaf(taps[j], input, sum);
+        }
+    }
+    return p.conv.silu ? silu(sum) : sum;
+}
+
+__device__ inline void finish(const Params& p, int64_t row, int t, float sum, const Ahead& a) {
+    if (row >= p.o || t >= p.t) return;
+    float y = sum + a.bias;
+    if (in_conv(p, row)) y = convolve(p, row, t, y, a);
+    store_y(p, p.y, t * p.y_stride + row, y + a.old);
+}
+
+// ---- The product ----
+
+// The sum over the warp of each of V values (V <= 32, powers of two): lane l returns that of value
+// l / (32 / V).
+template <int V>
+__device__ inline float sum_values(float (&v)[V]) {
+    int offset = kWarp / 2;
+#pragma unroll
+    for (int n = V; n > 1; n /= 2) {
+        const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+        for (int k = 0; k < V / 2; ++k) {
+            if (k >= n / 2) break;
+            const float send = upper ? v[k] : v[k + n / 2], keep = upper ? v[k + n / 2] : v[k];
+            v[k] = keep + __shfl_xor_sync(kAllLanes, send, offset);
+        }
+        offset /= 2;
+    }
+    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], offset);
+    return v[0];
+}
+
+template <class W, int R, int N, int U>
+struct Weights {
+    Words<W, N> at[U][R];
+
+    // U runs of 32 packs from column `base` of this lane.
+    __device__ void fetch(const Params& p, int64_t task, int64_t base) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            // What is too much is computed, not stored.
+            const int64_t row = task * R + r < p.o ? task * R + r : p.o - 1;
+            const W* from = static_cast<const W*>(p.weight) + row * p.weight_stride;
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const int64_t j = base + u * kWarp * N;
+                if (j < p.i) at[u][r] = load_words_once<N>(from + j);
+            }
+        }
+    }
+
+    // Sums of even and odd columns apart: chains of half the length.
+    template <int T>
+    __device__ void multiply(const Params& p, const W* v, int64_t base, float (&sums)[2][R * T]) const {
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int64_t j = base + u * kWarp * N;
+            if (j >= p.i) break;
+#pragma unroll
+            for (int t = 0; t < T; ++t) {
+                const Words<W, N> x = load_words<N>(v + t * p.i + j);
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+#pragma unroll
+                    for (int r = 0; r < R; ++r) {
+                        float& sum = sums[R * T <= 8 ? k % 2 : 0][r * T + t];
+                        sum = fmaf(at[u][r][k], x[k], sum);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// T: rows of x (p.t of them real). R: rows of W of a warp. N: elements of a load. P: of x's.
+template <class X, class W, int T, int R, int N, int P>
+__global__ void __launch_bounds__(kThreads, T <= 2 ? 3 : 2) Rows(const __grid_constant__ Params p) {
+    constexpr int U = 8 / R, V = R * T, kEach = kWarp / V;
+    extern __shared__ __align__(16) unsigned char memory[];
+    __shared__ float squares[kWarps][T];
+    W* v = reinterpret_cast<W*>(memory);
+    allow_next();
+    const int lane = threadIdx.x % kWarp, t = lane / kEach % T, r = lane / kEach / T;
+    const bool holds = lane % kEach == 0;
+    const int64_t turn = static_cast<int64_t>(gridDim.x) * kWarps;
+    int64_t task = static_cast<int64_t>(threadIdx.x / kWarp) * gridDim.x + blockIdx.x;
+    Weights<W, R, N, U> weights;
+    Ahead ahead;
+    if (task < p.tasks) {
+        weights.fetch(p, task, lane * N);
+        if (holds) fetch_constants(p, task * R + r, ahead);
+    }
+    const Pack<float, P> norm_weight = norm_weights<P>(p, threadIdx.x * P);
+    wait_for_inputs();
+    if (task < p.tasks && holds) fetch_variables(p, task * R + r, t, ahead);
+    if (p.groups <= 1) {
+        stage<X, W, T, P>(p, norm_weight, v, squares);
+    } else {
+        stage_groups<X, W, T>(p, v);
+    }
+    __syncthreads();
+    const float divide = division<T>(p, squares, t);
+    while (task < p.tasks) {
+        float sums[2][V] = {};
+        for (int64_t base = lane * N;;) {
+            weights.template multiply<T>(p, v, base, sums);
+            base += kWarp * N * U;
+            if (base - lane * N >= p.i) break;
+            weights.fetch(p, task, base);
+        }
+        const int64_t next = task + turn;
+        if (next < p.tasks) weights.fetch(p, next, lane * N);
+#pragma unroll
+        for (int k = 0; k < V; ++k) sums[0][k] += sums[1][k];
+        const float sum = sum_values<V>(sums[0]) * divide;
+        if (holds) finish(p, task * R + r, t, sum, ahead);
+        task = next;
+        if (task >= p.tasks || !holds) continue;
+        fetch_constants(p, task * R + r, ahead);
+        fetch_variables(p, task * R + r, t, ahead);
+    }
+}
+
+// ---- Launching ----
+
+template <class X, class W, int T, int R, int N, int P>
+void launch(const Exec& ex, Params p) {
+    const size_t shared = static_cast<size_t>(T * p.i) * sizeof(W);
+    const auto kernel = Rows<X, W, T, R, N, P>;
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+    check(allowed, kOp);
+    p.tasks = (p.o + R - 1) / R;
+    const int64_t blocks = std::min<int64_t>(p.tasks, kBlocks * ex.cuda->multiprocessors());
+    launch_overlapped(ex, kOp, kernel, {static_cast<unsigned>(blocks), kThreads, shared}, p);
+}
+
+// As many rows a task as make eight loads of a lane, if all warps get a task then.
+template <class X, class W, int T>
+void choose_rows(const Exec& ex, const Params& p, bool packs) {
+    constexpr int N = 16 / sizeof(W), P = 16 / sizeof(X);
+    if (!packs) return launch<X, W, T, 1, 1, 1>(ex, p);
+    const int64_t loads = (p.i + kWarp * N - 1) / (kWarp * N), each = p.o / ex.cuda->multiprocessors();
+    if constexpr (T == 1) {
+        if (loads <= 2 && each >= 2 * kWarps * kBlocks) return launch<X, W, T, 4, N, P>(ex, p);
+    }
+    if constexpr (T <= 4) {
+        if (loads <= 4 && each >= kWarps * kBlocks) return launch<X, W, T, 2, N, P>(ex, p);
+    }
+    launch<X, W, T, 1, N, P>(ex, p);
+}
+
+template <class X, class W>
+void choose(const Exec& ex, const Params& p, bool packs) {
+    if (p.t <= 1) return choose_rows<X, W, 1>(ex, p, packs);
+    if (p.t <= 2) return choose_rows<X, W, 2>(ex, p, packs);
+    if (p.t <= 4) return choose_rows<X, W, 4>(ex, p, packs);
+    choose_rows<X, W, 8>(ex, p, packs);
+}
+
+template <class T>
+bool packs_of(const Tensor& m) {
+    constexpr int64_t kPack = 16 / sizeof(T);
+    return packable(reinterpret_cast<const T*>(m.raw()), m.stride(), kPack) && m.dim(1) % kPack == 0;
+}
+
+bool packs_of(const Tensor& m) {
+    if (!m) return true;
+    return m.dtype() == DType::bf16 ? packs_of<bf16>(m) : packs_of<float>(m);
+}
+
+ConvParams conv_params(const std::optional<ConvStep>& conv) {
+    if (!conv) return {};
+    const ConvStep& c = *conv;
+    return {.first = c.first,
+            .d = c.weight.shape[0],
+            .k = static_cast<int>(c.weight.shape[1]),
+            .weight = c.weight.data,
+            .weight_stride = c.weight.stride,
+            .bias = c.bias.data,
+            .state = c.state.raw(),
+            .state_stride = c.state.stride(),
+            .slots = c.slots.data,
+            .silu = c.activation == Activation::silu};
+}
+
+}  // namespace
+
+bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, const NormLinearEnd& end) {
+    const Tensor& weight = in.weight.weight();
+    const bool w16 = weight.dtype() == DType::bf16, x16 = in.x.dtype() == DType::bf16;
+    const int64_t t = in.x.dim(0), i = in.x.dim(1);
+    if (t > kMostRows || i == 0 ||
+        kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
+        return false;
+    const RmsNormOptions norm = in.norm.value_or(RmsNormOptions{});
+    const Params p{.i = i,
+                   .o = weight.dim(0),
+                   .t = static_cast<int>(t),
+                   .x = in.x.raw(),
+                   .z = in.z ? in.z.raw() : nullptr,
+                   .x_stride = in.x.stride(),
+                   .z_stride = in.z ? in.z.stride() : 0,
+                   .norm_weight = in.norm ? in.norm_weight.data : nullptr,
+                   .groups = in.norm ? norm.groups : 0,
+                   .eps = norm.eps,
+                   .unit_offset = norm.unit_offset,
+                   .gate = norm.gate,
+                   .weight = weight.raw(),
+                   .weight_stride = weight.stride(),
+                   .bias = in.bias.data,
+                   .y = y.raw(),
+                   .y_stride = y.stride(),
+                   .y_is_bf16 = y.dtype() == DType::bf16,
+                   .add = end.add,
+                   .conv = conv_params(end.conv)};
+    const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
+                       reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
+    if (x16 && w16) {
+        choose<bf16, bf16>(ex, p, packs);
+    } else if (w16) {
+        choose<float, bf16>(ex, p, packs);
+    } else {
+        choose<float, float>(ex, p, packs);
+    }
+    return true;
+}
+
+}  // namespace ssm::cuda

@@ -1,0 +1,162 @@
+// CUDA kernel of ssd_step: states are streamed through registers. L lanes take a row of n = W L numbers and,
+// one after another, U rows that lie next to each other; all loads are begun before the first is used. B and
+// C are held meanwhile. A lane of each row's group writes y.
+#include "ssm/core/cuda/launch.cuh"
+#include "ssm/core/cuda/numbers.cuh"
+#include "ssm/ops/ssd/ssd_impl.h"
+
+namespace ssm::cuda {
+namespace {
+
+constexpr int kMostThreads = 256;
+
+template <class T>
+struct StepParams {
+    SsdInputs<T> in;
+    View<float, 4> state;
+    View<T, 3> y;
+};
+
+template <class T>
+__device__ inline float step_size(const SsdInputs<T>& in, int64_t s, int64_t h) {
+    const float raw = to_float(in.dt.data[s * in.dt.stride + h]) +
+                      (in.dt_bias.data != nullptr ? in.dt_bias.data[h * in.dt_bias.stride] : 0.0f);
+    if (!in.dt_softplus) return raw;
+    return fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), in.dt_min), in.dt_max);
+}
+
+template <class T>
+__device__ inline float skip_of(const SsdInputs<T>& in, int64_t h, int64_t row) {
+    return in.D.data == nullptr ? 0.0f : in.D.data[h * in.D.stride + (in.D.shape[1] == 1 ? 0 : row)];
+}
+
+// The sums over groups of G lanes of V values each (V <= G, powers of two): lane l of a group returns that of
+// value l / (G / V).
+template <int V, int G>
+__device__ inline float sum_values(float (&v)[V]) {
+    int offset = G / 2;
+#pragma unroll
+    for (int n = V; n > 1; n /= 2) {
+        const bool upper = (threadIdx.x & offset) != 0;
+#pragma unroll
+        for (int k = 0; k < V / 2; ++k) {
+            if (k >= n / 2) break;
+            const float send = upper ? v[k] : v[k + n / 2], keep = upper ? v[k + n / 2] : v[k];
+            v[k] = keep + __shfl_xor_sync(kAllLanes, send, offset);
+        }
+        offset /= 2;
+    }
+    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], offset);
+    return v[0];
+}
+
+// A warp: U 32 / L rows of one head of one sequence.
+template <class T, int L, int U>
+__global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ StepParams<T> a) {
+    constexpr int W = 4, kRows = U * kWarp / L;
+    const SsdInputs<T>& in = a.in;
+    const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = L * W;
+    const int64_t blocks = (p + kRows - 1) / kRows;
+    const int64_t unit = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+    allow_next();
+    if (unit >= in.x.shape[0] * heads * blocks) return wait_for_inputs();
+    const int lane = threadIdx.x % L, group = threadIdx.x % kWarp / L;
+    const int64_t s = unit / (heads * blocks), h = unit / blocks % heads,
+                  row = unit % blocks * kRows + group * U;
+    float* state = a.state.data + (in.slots.data != nullptr ? in.slots.data[s] : s) * a.state.stride +
+                   (h * p + row) * n + lane * W;
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+        if (lane % 8 == 0 && row + u < p) prefetch_l2(state + u * n);
+    const float A = in.A.data[h * in.A.stride];
+    wait_for_inputs();
+
+    Pack<float, W> S[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+        if (row + u < p) S[u] = load_pack<W>(state + u * n);
+    const int64_t at = h / (heads / groups) * n + lane * W;
+    const Pack<T, W> B = load_pack<W>(in.B.data + s * in.B.stride + at),
+                     C = load_pack<W>(in.C.data + s * in.C.stride + at);
+    const T* x = in.x.data + s * in.x.stride + h * p + row;
+    float inputs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) inputs[u] = row + u < p ? to_float(x[u]) : 0.0f;
+    const float dt = step_size(in, s, h), decay = expf(dt * A);
+    float sums[U] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+        if (row + u >= p) break;
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+            S[u].at[k] = fmaf(decay, S[u].at[k], dt * inputs[u] * to_float(B.at[k]));
+            sums[u] = fmaf(S[u].at[k], to_float(C.at[k]), sums[u]);
+        }
+        store_pack(state + u * n, S[u]);
+    }
+    const float sum = sum_values<U, L>(sums);
+    const int64_t mine = lane / (L / U), i = row + mine;
+    if (lane % (L / U) != 0 || i >= p) return;
+    a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip_of(in, h, i), to_float(x[mine]), sum));
+}
+
+// Any n: eight lanes a row.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant__ StepParams<T> a) {
+    constexpr int kLanes = 8, kRows = kMostThreads / kLanes;
+    const SsdInputs<T>& in = a.in;
+    const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = in.B.shape[2];
+    const int64_t s = blockIdx.x / heads, h = blockIdx.x % heads, group = h / (heads / groups);
+    const int64_t i = blockIdx.y * kRows + threadIdx.x / kLanes;
+    allow_next();
+    wait_for_inputs();
+    const float dt = step_size(in, s, h), decay = expf(dt * in.A.data[h * in.A.stride]);
+    const bool inside = i < p;
+    const float x = inside ? to_float(in.x.data[s * in.x.stride + h * p + i]) : 0.0f;
+    const T* B = in.B.data + s * in.B.stride + group * n;
+    const T* C = in.C.data + s * in.C.stride + group * n;
+    float* S =
+        a.state.data + (in.slots.data != nullptr ? in.slots.data[s] : s) * a.state.stride + (h * p + i) * n;
+    float y = 0.0f;
+    for (int64_t k = threadIdx.x % kLanes; inside && k < n; k += kLanes) {
+        S[k] = fmaf(decay, S[k], dt * x * to_float(B[k]));
+        y = fmaf(S[k], to_float(C[k]), y);
+    }
+#pragma unroll
+    for (int offset = 1; offset < kLanes; offset *= 2) y += __shfl_xor_sync(kAllLanes, y, offset);
+    if (!inside || threadIdx.x % kLanes != 0) return;
+    a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip_of(in, h, i), x, y));
+}
+
+template <class T, int L, int U>
+void launch(const Exec& ex, const StepParams<T>& a) {
+    constexpr int kRows = U * kWarp / L;
+    const int64_t units = a.in.x.shape[0] * a.in.x.shape[1] * ((a.in.x.shape[2] + kRows - 1) / kRows);
+    // Few states: small blocks, so that they reach every multiprocessor.
+    int64_t threads = kMostThreads;
+    while (threads > kWarp && units * kWarp < 2 * threads * ex.cuda->multiprocessors()) threads /= 2;
+    launch_overlapped(ex, "ssd_step", Step<T, L, U>,
+                      {blocks_for(units * kWarp, threads), static_cast<unsigned>(threads)}, a);
+}
+
+}  // namespace
+
+template <class T>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
+    const StepParams<T> a{in, state, y};
+    const int64_t n = in.B.shape[2];
+    const bool packs = packable(state.data, state.stride, 4) && packable(in.B.data, in.B.stride, 4) &&
+                       packable(in.C.data, in.C.stride, 4);
+    if (packs && n == 128) return launch<T, 32, 8>(ex, a);
+    if (packs && n == 64) return launch<T, 16, 8>(ex, a);
+    if (packs && n == 32) return launch<T, 8, 8>(ex, a);
+    if (packs && n == 16) return launch<T, 4, 4>(ex, a);
+    const dim3 blocks(static_cast<unsigned>(in.x.shape[0] * in.x.shape[1]),
+                      blocks_for(in.x.shape[2], kMostThreads / 8));
+    launch_overlapped(ex, "ssd_step", StepPlain<T>, {blocks, kMostThreads}, a);
+}
+
+template void ssd_step(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
+template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);
+
+}  // namespace ssm::cuda
