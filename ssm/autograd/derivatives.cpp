@@ -9,9 +9,9 @@
 namespace ssm {
 namespace {
 
-// The result of an operator: wants a gradient exactly when its backward is recorded.
+// The result of an operator: wants a gradient, of its own type, exactly when its backward is recorded.
 Var result(const Ctx& ctx, Shape shape, DType dtype, bool recording) {
-    return Var(Tensor::empty(ctx.exec, std::move(shape), dtype), recording);
+    return Var(Tensor::empty(ctx.exec, std::move(shape), dtype), recording, dtype);
 }
 
 template <class T, int R>
@@ -23,12 +23,32 @@ template <int R>
 View<float, R> grad_if(const Exec& ex, const Var& v) {
     return v.requires_grad() ? v.grad(ex).view<float, R>() : View<float, R>{};
 }
-// The views for an operator that can set fresh gradients. One that another of the same call adds to, because
+template <int R>
+View<float, R> grad_if(const Exec& ex, const Var& v, const Shape& shape) {
+    return v.requires_grad() ? v.grad(ex).reshape(shape).view<float, R>() : View<float, R>{};
+}
+
+// The gradients for an operator that can set fresh ones. One that another of the same call adds to, because
 // an input is used twice, is zeroed instead.
 struct Target {
     Tensor tensor;
-    View<float, 2> view;
     bool fresh = false;
+
+    template <class T>
+    View<T, 2> view() const {
+        return tensor.view_if<T, 2>();
+    }
+    template <class T>
+    View<T, 3> view(const Shape& shape) const {
+        return tensor ? tensor.reshape(shape).view<T, 3>() : View<T, 3>{};
+    }
+    // Both slices of a row, or whole matrices: do they share an element?
+    bool meets(const Target& o) const {
+        const auto end = [](const Tensor& t) {
+            return t.raw() + static_cast<size_t>(t.dim(1)) * size_of(t.dtype());
+        };
+        return tensor && o.tensor && o.tensor.raw() < end(tensor) && tensor.raw() < end(o.tensor);
+    }
 };
 template <size_t N>
 std::array<Target, N> targets(const Exec& ex, const Var (&vars)[N]) {
@@ -36,22 +56,16 @@ std::array<Target, N> targets(const Exec& ex, const Var (&vars)[N]) {
     for (size_t i = 0; i < N; ++i) {
         if (!vars[i].requires_grad()) continue;
         const Var::GradTarget target = vars[i].grad_target(ex);
-        all[i] = {target.tensor, target.tensor.view<float, 2>(), target.fresh};
+        all[i] = {target.tensor, target.fresh};
     }
     for (Target& a : all) {
         for (const Target& b : all) {
-            if (!a.fresh || b.fresh || !b.view || b.view.data >= a.view.data + a.view.shape[1] ||
-                a.view.data >= b.view.data + b.view.shape[1])
-                continue;
+            if (!a.fresh || b.fresh || !a.meets(b)) continue;
             a.tensor.fill_zero();
             a.fresh = false;
         }
     }
     return all;
-}
-template <int R>
-View<float, R> grad_if(const Exec& ex, const Var& v, const Shape& shape) {
-    return v.requires_grad() ? v.grad(ex).reshape(shape).view<float, R>() : View<float, R>{};
 }
 
 // Any tensor as a matrix for the elementwise operators.
@@ -90,43 +104,56 @@ Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight) {
     return y;
 }
 
-Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias) {
+Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out) {
     const bool recording = ctx.recording({&x, &weight, &bias});
-    Var y = result(ctx, {x.value().dim(0), weight.value().dim(0)}, DType::f32, recording);
+    Var y = result(ctx, {x.value().dim(0), weight.value().dim(0)}, out, recording);
     linear(ctx.exec, x.value(), weight.value(), value_if<float, 1>(bias), y.value());
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
             const auto [gx, gw] = targets(ex, {x, weight});
-            linear_backward(ex, y.grad(ex).view<const float, 2>(), x.value(),
-                            weight.value().view<const float, 2>(), gx.view, gw.view, grad_if<1>(ex, bias),
-                            {.x = gx.fresh, .weight = gw.fresh});
+            linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor, gw.template view<float>(),
+                            grad_if<1>(ex, bias), {.x = gx.fresh, .weight = gw.fresh});
         });
     }
     return y;
 }
 
+namespace {
+
+// f.operator()<X, Y>() for the types that rms_norm has.
+template <class F>
+void dispatch_norm(DType x, DType y, F&& f) {
+    if (x == DType::bf16) return f.template operator()<bf16, bf16>();
+    dispatch_activation(y, "rms_norm", [&]<class Y>() { f.template operator()<float, Y>(); });
+}
+
+}  // namespace
+
 Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsNormOptions& options,
              DType out) {
     const bool recording = ctx.recording({&x, &weight, &z});
-    const int64_t t = x.value().dim(0);
     Var y = result(ctx, x.value().shape(), out, recording);
-    Tensor rstd = recording ? Tensor::empty(ctx.exec, {t, options.groups}) : Tensor();
-    const auto run = [&]<class X, class Y>() {
+    Tensor rstd = recording ? Tensor::empty(ctx.exec, {x.value().dim(0), options.groups}) : Tensor();
+    dispatch_norm(x.value().dtype(), out, [&]<class X, class Y>() {
         const RmsNormInputs<X, Y> in{x.value().view<const X, 2>(), value_if<float, 1>(weight),
                                      value_if<Y, 2>(z)};
         rms_norm(ctx.exec, in, y.value().view<Y, 2>(), rstd.view_if<float, 2>(), options);
-    };
-    if (x.value().dtype() == DType::bf16) {
-        run.operator()<bf16, bf16>();
-    } else {
-        dispatch_activation(out, "rms_norm", [&]<class Y>() { run.template operator()<float, Y>(); });
-    }
+    });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, z, y, rstd, options] {
-            const RmsNormInputs<float, float> in{x.value().view<const float, 2>(), value_if<float, 1>(weight),
-                                                 value_if<float, 2>(z)};
-            rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const float, 2>(),
-                              {grad_if<2>(ex, x), grad_if<1>(ex, weight), grad_if<2>(ex, z)}, options);
+            const auto [gx, gz] = targets(ex, {x, z});
+            dispatch_norm(x.value().dtype(), y.value().dtype(), [&]<class X, class Y>() {
+                const RmsNormInputs<X, Y> in{x.value().view<const X, 2>(), value_if<float, 1>(weight),
+                                             value_if<Y, 2>(z)};
+                rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const Y, 2>(),
+                                  {gx.template view<X>(),
+                                   grad_if<1>(ex, weight),
+                                   gz.template view<Y>(),
+                                   {},
+                                   gx.fresh,
+                                   gz.fresh},
+                                  options);
+            });
         });
     }
     return y;
@@ -136,35 +163,35 @@ Normed add_rms_norm(Ctx& ctx, const Var& residual, const Var& x, const Var& weig
                     const RmsNormOptions& options, DType out) {
     if (!x) return {residual, rms_norm(ctx, residual, weight, Var(), options, out)};
     const bool recording = ctx.recording({&residual, &x, &weight});
-    const int64_t t = x.value().dim(0);
     // Inference adds in place; a recorded residual is what the backward pass of the layers before needs.
-    Var sum = recording ? result(ctx, residual.value().shape(), DType::f32, true) : residual;
+    Var sum = ctx.inference() ? residual : result(ctx, residual.value().shape(), DType::f32, recording);
     Var y = result(ctx, residual.value().shape(), out, recording);
-    Tensor rstd = recording ? Tensor::empty(ctx.exec, {t, options.groups}) : Tensor();
-    const auto run = [&]<class X, class Y>() {
+    Tensor rstd = recording ? Tensor::empty(ctx.exec, {x.value().dim(0), options.groups}) : Tensor();
+    dispatch_norm(x.value().dtype(), out, [&]<class X, class Y>() {
         add_rms_norm(ctx.exec, residual.value().view<const float, 2>(), x.value().view<const X, 2>(),
                      value_if<float, 1>(weight), sum.value().view<float, 2>(), y.value().view<Y, 2>(),
                      rstd.view_if<float, 2>(), options);
-    };
-    if (x.value().dtype() == DType::bf16) {
-        run.operator()<bf16, bf16>();
-    } else {
-        dispatch_activation(out, "add_rms_norm", [&]<class Y>() { run.template operator()<float, Y>(); });
-    }
+    });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, residual, x, weight, sum, y, rstd, options] {
-            const RmsNormInputs<float, float> in{
-                sum.value().view<const float, 2>(), value_if<float, 1>(weight), {}};
-            Tensor total = sum.grad(ex);
-            rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const float, 2>(),
-                              {total.view<float, 2>(), grad_if<1>(ex, weight), {}}, options);
-            if (x.requires_grad()) x.add_grad(ex, total);
-            if (!residual.requires_grad()) return;
+            const auto [total] = targets(ex, {sum});
+            const bool rounded = x.requires_grad() && !x.has_grad() && x.grad_dtype() == y.grad_dtype();
+            const Tensor branch = rounded ? x.grad_target(ex).tensor : Tensor();
+            dispatch_activation(y.value().dtype(), "rms_norm", [&]<class Y>() {
+                const RmsNormInputs<float, Y> in{
+                    sum.value().view<const float, 2>(), value_if<float, 1>(weight), {}};
+                rms_norm_backward(ex, in, rstd.view<const float, 2>(), y.grad(ex).view<const Y, 2>(),
+                                  {total.template view<float>(),
+                                   grad_if<1>(ex, weight),
+                                   {},
+                                   branch.view_if<Y, 2>(),
+                                   total.fresh,
+                                   false},
+                                  options);
+            });
+            if (!rounded && x.requires_grad()) x.add_grad(ex, total.tensor);
             // The sum's gradient is used up: the residual takes the buffer over instead of a copy.
-            if (residual.has_grad())
-                residual.add_grad(ex, total);
-            else
-                residual.set_grad(total);
+            if (residual.requires_grad()) residual.take_grad(ex, total.tensor);
             sum.clear_grad();
         });
     }
@@ -194,12 +221,17 @@ Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Ac
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), x, weight, bias, activation, y, w, d, k] {
-            const CausalConv1dInputs<float> in{
-                x.value().view<const float, 2>(), w, value_if<float, 1>(bias), cu, {}, activation};
             const auto [gx] = targets(ex, {x});
-            causal_conv1d_backward(
-                ex, in, y.grad(ex).view<const float, 2>(), {},
-                {gx.view, grad_if<2>(ex, weight, {d, k}), grad_if<1>(ex, bias), {}, gx.fresh});
+            dispatch_activation(x.value().dtype(), "causal_conv1d", [&]<class T>() {
+                const CausalConv1dInputs<T> in{
+                    x.value().view<const T, 2>(), w, value_if<float, 1>(bias), cu, {}, activation};
+                causal_conv1d_backward<T>(ex, in, y.grad(ex).view<const T, 2>(), {},
+                                          {gx.template view<T>(),
+                                           grad_if<2>(ex, weight, {d, k}),
+                                           grad_if<1>(ex, bias),
+                                           {},
+                                           gx.fresh});
+            });
         });
     }
     return y;
@@ -254,19 +286,21 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
             const auto [u, delta, B, C, z] = targets(ex, {in.u, in.delta, in.B, in.C, in.z});
-            selective_scan_backward(ex, scan_inputs<float>(in, cu), chunk_states.view<const float, 3>(),
-                                    y.grad(ex).view<const float, 2>(), {},
-                                    {u.view,
-                                     delta.view,
-                                     grad_if<2>(ex, in.A),
-                                     B.view,
-                                     C.view,
-                                     grad_if<1>(ex, in.D),
-                                     z.view,
-                                     grad_if<1>(ex, in.delta_bias),
-                                     {},
-                                     {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}},
-                                    options);
+            dispatch_activation(y.value().dtype(), "selective_scan", [&]<class T>() {
+                selective_scan_backward<T>(ex, scan_inputs<T>(in, cu), chunk_states.view<const float, 3>(),
+                                           y.grad(ex).view<const T, 2>(), {},
+                                           {u.template view<T>(),
+                                            delta.template view<float>(),
+                                            grad_if<2>(ex, in.A),
+                                            B.template view<float>(),
+                                            C.template view<float>(),
+                                            grad_if<1>(ex, in.D),
+                                            z.template view<T>(),
+                                            grad_if<1>(ex, in.delta_bias),
+                                            {},
+                                            {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}},
+                                           options);
+            });
         });
     }
     return y;
@@ -319,18 +353,22 @@ Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, const Ssd
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, s, y, chunk_states, options, t] {
             const int64_t d_last = in.D ? in.D.value().size() / s.h : 1;
-            const Shape group{t, s.g, s.n};
-            ssd_backward(ex, ssd_inputs<float>(in, s, cu), chunk_states.view<const float, 4>(),
-                         y.grad(ex).reshape({t, s.h, s.p}).view<const float, 3>(), {},
-                         {grad_if<3>(ex, in.x, {t, s.h, s.p}),
-                          grad_if<2>(ex, in.dt),
-                          grad_if<1>(ex, in.A),
-                          grad_if<3>(ex, in.B, group),
-                          grad_if<3>(ex, in.C, group),
-                          grad_if<2>(ex, in.D, {s.h, d_last}),
-                          grad_if<1>(ex, in.dt_bias),
-                          {}},
-                         options);
+            const Shape group{t, s.g, s.n}, heads{t, s.h, s.p};
+            const auto [x, dt, B, C] = targets(ex, {in.x, in.dt, in.B, in.C});
+            dispatch_activation(y.value().dtype(), "ssd", [&]<class T>() {
+                ssd_backward<T>(ex, ssd_inputs<T>(in, s, cu), chunk_states.view<const float, 4>(),
+                                y.grad(ex).reshape(heads).view<const T, 3>(), {},
+                                {x.template view<T>(heads),
+                                 dt.template view<T>(),
+                                 grad_if<1>(ex, in.A),
+                                 B.template view<T>(group),
+                                 C.template view<T>(group),
+                                 grad_if<2>(ex, in.D, {s.h, d_last}),
+                                 grad_if<1>(ex, in.dt_bias),
+                                 {},
+                                 {x.fresh, dt.fresh, B.fresh, C.fresh}},
+                                options);
+            });
         });
     }
     return y;
@@ -389,36 +427,30 @@ Var multiply(Ctx& ctx, const Var& a, const Var& b) {
     return y;
 }
 
-Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<const int32_t, 1> targets,
-                         float scale) {
+Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, const Tensor& targets,
+                         const Tensor& weights) {
     const bool recording = ctx.recording({&hidden, &weight});
-    const int64_t t = targets.shape[0];
-    int64_t counted = 0;
-    for (int64_t i = 0; i < t; ++i) counted += targets(i) >= 0;
-    require(counted > 0, "cross_entropy", "every one of the {} targets is ignored", t);
-    const Tensor there = on_device_of(ctx.exec, targets), nll = Tensor::empty(ctx.exec, {t});
+    const int64_t t = targets.size();
+    const Tensor nll = Tensor::empty(ctx.exec, {t}), loss = Tensor::empty(ctx.exec, {1});
+    const auto ids = targets.view<const int32_t, 1>();
     if (recording) {
-        // One pass gives the loss and its gradients; they wait here until backward runs.
-        const std::vector<float> each(static_cast<size_t>(t), scale / static_cast<float>(counted));
-        const Tensor weights = Tensor::from_floats({t}, each).to(ctx.exec);
-        Tensor grad_hidden = Tensor::zeros(ctx.exec, hidden.value().shape());
-        Tensor grad_weight = Tensor::zeros(ctx.exec, weight.value().shape());
-        linear_cross_entropy_backward(ctx.exec, hidden.value().view<const float, 2>(),
-                                      weight.value().view<const float, 2>(), there.view<const int32_t, 1>(),
-                                      weights.view<const float, 1>(), nll.view<float, 1>(),
-                                      grad_hidden.view<float, 2>(), grad_weight.view<float, 2>());
-        ctx.tape->record([&ex = ctx.exec, hidden, weight, grad_hidden, grad_weight] {
-            if (hidden.requires_grad()) hidden.add_grad(ex, grad_hidden);
-            if (weight.requires_grad()) weight.add_grad(ex, grad_weight);
+        // One pass gives the loss and its gradients: that of hidden waits here until backward runs, that of
+        // the weight is added now.
+        const Tensor grad_hidden = Tensor::empty(ctx.exec, hidden.value().shape(), hidden.grad_dtype());
+        linear_cross_entropy_backward(ctx.exec, hidden.value(), weight.value(), ids,
+                                      weights.view<const float, 1>(), nll.view<float, 1>(), grad_hidden,
+                                      grad_if<2>(ctx.exec, weight), true);
+        ctx.tape->record([&ex = ctx.exec, hidden, grad_hidden] {
+            if (hidden.requires_grad()) hidden.take_grad(ex, grad_hidden);
         });
     } else {
-        linear_cross_entropy(ctx.exec, hidden.value(), PackedWeight(weight.value()),
-                             there.view<const int32_t, 1>(), nll.view<float, 1>());
+        linear_cross_entropy(ctx.exec, hidden.value(), PackedWeight(weight.value()), ids,
+                             nll.view<float, 1>());
     }
-    const Tensor host = nll.to_host();
-    double sum = 0;
-    for (int64_t i = 0; i < t; ++i) sum += static_cast<double>(host.data<float>()[i]);
-    return Var(Tensor::from_floats({1}, {static_cast<float>(sum / static_cast<double>(counted))}), recording);
+    const auto row = nll.reshape({1, t}).view<float, 2>();
+    multiply(ctx.exec, row, weights.reshape({1, t}).view<const float, 2>(), row);
+    mean_nll(ctx.exec, nll.view<const float, 1>(), 1.0, loss.view<float, 1>());
+    return Var(loss, recording);
 }
 
 }  // namespace ssm

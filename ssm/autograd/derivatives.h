@@ -15,8 +15,8 @@ namespace ssm {
 // ids [t] i32, on the context's device -> [t e] f32
 Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight);
 
-// [t i] -> [t o]; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
-Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias);
+// [t i] -> [t o] of `out`; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
+Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out = DType::f32);
 
 // [t d] -> [t d] of `out`; weight and z may be absent.
 Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsNormOptions& options,
@@ -59,10 +59,10 @@ Var softplus(Ctx& ctx, const Var& x);
 Var add(Ctx& ctx, const Var& a, const Var& b);
 Var multiply(Ctx& ctx, const Var& a, const Var& b);
 
-// Mean negative log-likelihood of `targets` [t] (host memory; < 0: ignored) under softmax(hidden weight^T): a
-// scalar Var [1]. `scale` multiplies the gradient (1 / number of accumulated micro-batches, say), not the
-// value.
-Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, View<const int32_t, 1> targets,
-                         float scale = 1.0f);
+// sum_t weights[t] nll[t] under softmax(hidden weight^T): a scalar Var [1]. targets [t] i32 and weights [t]
+// f32 lie on the context's device; a target < 0 is ignored. With a tape this is its last function: the
+// gradient of the sum is 1, and that of `weight` is added at once.
+Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, const Tensor& targets,
+                         const Tensor& weights);
 
 }  // namespace ssm

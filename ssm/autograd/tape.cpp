@@ -43,7 +43,7 @@ void Var::zero_unset(Node& root, Range range) {
 Tensor Var::grad(const Exec& ex) const {
     Node& r = root();
     if (!r.grad) {
-        r.grad = Tensor::zeros(ex, r.value.shape());
+        r.grad = Tensor::zeros(ex, r.value.shape(), r.grad_dtype);
     } else if (!r.unset.empty()) {
         zero_unset(r, range());
     }
@@ -54,7 +54,7 @@ Var::GradTarget Var::grad_target(const Exec& ex) const {
     Node& r = root();
     const Range own = range();
     if (!r.grad) {
-        r.grad = Tensor::empty(ex, r.value.shape());
+        r.grad = Tensor::empty(ex, r.value.shape(), r.grad_dtype);
         r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
     }
     for (Range& u : r.unset) {
@@ -69,22 +69,40 @@ Var::GradTarget Var::grad_target(const Exec& ex) const {
 }
 
 void Var::add_grad(const Exec& ex, const Tensor& g) const {
-    if (!node_->parent && !node_->grad) {
-        node_->grad = Tensor::empty(ex, value().shape());
-        const Tensor& copy = node_->grad;
-        if (ex.device != Device::cpu) return copy.copy_from(g);
-        parallel_for(ex, g.rank() > 0 ? g.dim(0) : 0, kCopiedRows, [&](int64_t begin, int64_t end) {
-            copy.rows(begin, end).copy_from(g.rows(begin, end));
+    const auto matrix = [](const Tensor& t) { return t.rank() == 2 ? t : t.reshape({1, t.size()}); };
+    const auto dispatch = [&](const Tensor& to, auto&& f) {
+        dispatch_activation(g.dtype(), "add_grad", [&]<class X>() {
+            dispatch_activation(to.dtype(), "add_grad", [&]<class Y>() {
+                f(matrix(g).template view<const X, 2>(), matrix(to).template view<Y, 2>());
+            });
         });
-        return;
+    };
+    if (node_->parent || node_->grad) {
+        const Tensor to = grad(ex);
+        return dispatch(to, [&](auto from, auto into) { accumulate(ex, from, into); });
     }
-    accumulate(ex, g.view<const float, 2>(), grad(ex).view<float, 2>());
+    node_->grad = Tensor::empty(ex, value().shape(), node_->grad_dtype);
+    const Tensor& copy = node_->grad;
+    if (g.dtype() != copy.dtype()) return dispatch(copy, [&](auto from, auto into) { cast(ex, from, into); });
+    if (ex.device != Device::cpu) return copy.copy_from(g);
+    parallel_for(ex, g.rank() > 0 ? g.dim(0) : 0, kCopiedRows,
+                 [&](int64_t begin, int64_t end) { copy.rows(begin, end).copy_from(g.rows(begin, end)); });
+}
+
+void Var::take_grad(const Exec& ex, const Tensor& g) const {
+    if (node_->parent || node_->grad || g.dtype() != node_->grad_dtype) return add_grad(ex, g);
+    set_grad(g);
 }
 
 Var Var::columns(int64_t begin, int64_t end) const {
     const std::shared_ptr<Node> root = node_->parent ? node_->parent : node_;
-    return Var(std::make_shared<Node>(
-        Node{value().columns(begin, end), {}, node_->requires_grad, root, node_->begin + begin, {}}));
+    return Var(std::make_shared<Node>(Node{value().columns(begin, end),
+                                           {},
+                                           node_->grad_dtype,
+                                           node_->requires_grad,
+                                           root,
+                                           node_->begin + begin,
+                                           {}}));
 }
 
 void Tape::backward() {
@@ -93,6 +111,38 @@ void Tape::backward() {
         closures_.pop_back();
         closure();
     }
+}
+
+std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
+                            const std::function<std::vector<Var>(Ctx&, const std::vector<Var>&)>& f) {
+    if (ctx.tape == nullptr || !ctx.recompute) return f(ctx, inputs);
+    Ctx plain = ctx;
+    plain.tape = nullptr;
+    plain.recomputed_later = true;
+    std::vector<Var> results;
+    for (const Var& r : f(plain, inputs)) results.emplace_back(r.value(), true, r.value().dtype());
+    std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
+    ctx.tape->record([&ex = ctx.exec, ctx, cu = std::move(cu), inputs, results, f] {
+        Tape tape;
+        Ctx again = ctx;
+        again.tape = &tape;
+        again.cu_seqlens = cu;
+        again.recompute = false;
+        std::vector<Var> leaves;
+        for (const Var& v : inputs)
+            leaves.push_back(v ? Var(v.value(), v.requires_grad(), v.grad_dtype()) : v);
+        const std::vector<Var> inner = f(again, leaves);
+        for (size_t i = 0; i < results.size(); ++i) {
+            if (results[i].has_grad()) inner[i].take_grad(ex, results[i].grad(ex));
+            results[i].clear_grad();
+        }
+        tape.backward();
+        for (size_t i = 0; i < inputs.size(); ++i) {
+            if (leaves[i].requires_grad() && leaves[i].has_grad())
+                inputs[i].take_grad(ex, leaves[i].grad(ex));
+        }
+    });
+    return results;
 }
 
 }  // namespace ssm

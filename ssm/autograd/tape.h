@@ -13,16 +13,18 @@
 
 namespace ssm {
 
-// A value and, where wanted, its gradient (f32, of the same shape). Copies share both.
+// A value and, where wanted, its gradient, of the same shape. Copies share both. A parameter's gradient is
+// f32 whatever the value's type; that of an operator's result has the result's type.
 class Var {
 public:
     Var() = default;  // absent optional argument: `if (!var)`
-    explicit Var(Tensor value, bool requires_grad = false)
-        : node_(std::make_shared<Node>(Node{std::move(value), {}, requires_grad, nullptr, 0, {}})) {}
+    explicit Var(Tensor value, bool requires_grad = false, DType grad = DType::f32)
+        : node_(std::make_shared<Node>(Node{std::move(value), {}, grad, requires_grad, nullptr, 0, {}})) {}
 
     explicit operator bool() const { return node_ != nullptr; }
     const Tensor& value() const { return node_->value; }
     void set_value(Tensor value) const { node_->value = std::move(value); }
+    DType grad_dtype() const { return node_->grad_dtype; }
     bool requires_grad() const { return node_ != nullptr && node_->requires_grad; }
     bool has_grad() const;
 
@@ -41,8 +43,10 @@ public:
         node_->grad = std::move(grad);
         node_->unset.clear();
     }
-    // grad += g; the first time a copy.
+    // grad += g, in the gradient's type; the first time a copy.
     void add_grad(const Exec& ex, const Tensor& g) const;
+    // The same with g given away: where there is no gradient yet, g becomes it without a copy.
+    void take_grad(const Exec& ex, const Tensor& g) const;
 
     // Columns begin:end of a matrix [t d]: a window on the value and on the gradient, no computation.
     Var columns(int64_t begin, int64_t end) const;
@@ -53,6 +57,7 @@ private:
     };
     struct Node {
         Tensor value, grad;
+        DType grad_dtype;
         bool requires_grad;
         std::shared_ptr<Node> parent;  // of a slice
         int64_t begin;
@@ -83,8 +88,16 @@ struct Ctx {
     const Exec& exec;
     Tape* tape = nullptr;
     CuSeqlens cu_seqlens = {};      // how rows [t d] split into sequences; empty: one token each (a step)
-    DType activation = DType::f32;  // of what flows between the layers; training uses f32
+    DType activation = DType::f32;  // of what flows inside the layers
+    // With a tape: the layers' inner results are computed again in the backward pass instead of kept.
+    bool recompute = false;
+    bool recomputed_later = false;  // no tape now, but the same again with one: inputs must stay as they are
 
+    // Weights do not change: what is made of them may be kept; and residuals may be added in place.
+    bool inference() const { return tape == nullptr && !recomputed_later; }
+    // Of what a layer gives to the residual: f32 in inference; in training, where it is kept, the
+    // activation's.
+    DType branch() const { return inference() ? DType::f32 : activation; }
     bool recording(std::initializer_list<const Var*> inputs) const {
         if (tape == nullptr) return false;
         for (const Var* v : inputs) {
@@ -93,5 +106,10 @@ struct Ctx {
         return false;
     }
 };
+
+// The results of f(ctx, inputs). With a tape and ctx.recompute only the inputs are kept: f runs once without
+// a tape now, and once more with one of its own when the gradients of the results are there.
+std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
+                            const std::function<std::vector<Var>(Ctx&, const std::vector<Var>&)>& f);
 
 }  // namespace ssm

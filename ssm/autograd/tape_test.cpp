@@ -252,38 +252,59 @@ TEST(Derivatives, SelectiveScanOfOverlappingSlices) {
 TEST(Derivatives, CrossEntropy) {
     const Exec ex = make_cpu_exec(1);
     const Var hidden = variable({4, 3}, 1), weight = variable({5, 3}, 2);
-    const std::vector<int32_t> targets{1, -1, 4, 0}, none{-1, -1, -1, -1};
-    // Its gradient is made in the forward pass; of the mean over three targets, times the scale.
-    for (const float scale : {1.0f, 0.5f}) {
-        Tape tape;
-        Ctx ctx{.exec = ex, .tape = &tape}, inference{.exec = ex};
-        hidden.clear_grad();
-        const Var loss = linear_cross_entropy(ctx, hidden, weight, {targets.data(), {4}}, scale);
-        tape.backward();
-        const float value =
-            linear_cross_entropy(inference, hidden, weight, {targets.data(), {4}}).value().item();
-        EXPECT_NEAR(loss.value().item(), value, 1e-5);
+    const std::vector<int32_t> ids{1, -1, 4, 0};
+    const Tensor targets = on_device_of<int32_t>(ex, {ids.data(), {4}});
+    const Tensor weights = Tensor::from_floats({4}, {0.5f, 7.0f, 0.25f, 1.5f});
+    Tape tape;
+    Ctx ctx{.exec = ex, .tape = &tape}, inference{.exec = ex};
+    const Var loss = linear_cross_entropy(ctx, hidden, weight, targets, weights);
+    tape.backward();
+    const auto value = [&] {
+        return linear_cross_entropy(inference, hidden, weight, targets, weights).value().item();
+    };
+    EXPECT_NEAR(loss.value().item(), value(), 1e-5);
+    for (const Var& v : {hidden, weight}) {
         std::vector<double> expected;
-        for (int64_t i = 0; i < 12; ++i) {
-            float& x = hidden.value().data<float>()[i];
+        for (int64_t i = 0; i < v.value().size(); ++i) {
+            float& x = v.value().data<float>()[i];
             const float keep = x;
-            double difference = 0;
-            for (const float sign : {1.0f, -1.0f}) {
-                x = keep + sign / 64;
-                difference += static_cast<double>(
-                    sign *
-                    linear_cross_entropy(inference, hidden, weight, {targets.data(), {4}}).value().item());
-            }
+            x = keep + 1.0f / 64;
+            const double above = static_cast<double>(value());
+            x = keep - 1.0f / 64;
+            expected.push_back((above - static_cast<double>(value())) * 32);
             x = keep;
-            expected.push_back(static_cast<double>(scale) * difference * 32);
         }
-        expect_close(values(hidden.grad(ex)), expected, 2e-3, "hidden");
+        expect_close(values(v.grad(ex)), expected, 2e-3, "cross_entropy");
     }
-    Ctx ctx{.exec = ex};
-    EXPECT_EQ(error_of([&] {
-                  linear_cross_entropy(ctx, hidden, weight, {none.data(), {4}});
-              }),
-              "[cross_entropy] every one of the 4 targets is ignored");
+}
+
+// Two layers, the second's inputs both results of the first: the same bytes with and without recomputation.
+TEST(Tape, RecomputedGivesTheSameGradients) {
+    const Exec ex = make_cpu_exec(1);
+    std::vector<std::vector<float>> gradients[2];
+    size_t recorded[2] = {};
+    for (const bool recompute : {false, true}) {
+        const Var x = variable({3, 4}, 1), w = variable({4, 4}, 2), norm = variable({4}, 3);
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape, .recompute = recompute};
+        std::vector<Var> stream{x, Var()};
+        for (int layer = 0; layer < 2; ++layer) {
+            stream = recomputed(ctx, stream, [&](Ctx& c, const std::vector<Var>& in) {
+                const Normed n = add_rms_norm(c, in[0], in[1], norm, {}, DType::f32);
+                return std::vector<Var>{n.residual, silu(c, linear(c, n.y, w, Var()))};
+            });
+        }
+        recorded[recompute] = tape.size();
+        const Var y = add_rms_norm(ctx, stream[0], stream[1], norm, {}, DType::f32).y;
+        const std::vector<float> input = values(x.value());
+        backward_from(ex, tape, y, Random(4).vector(12));
+        EXPECT_EQ(values(x.value()), input);
+        for (const Var& v : {x, w, norm}) gradients[recompute].push_back(values(v.grad(ex)));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_GT(std::abs(gradients[0][0][0]), 1e-3);
+    EXPECT_EQ(recorded[1], 2u);
+    EXPECT_GT(recorded[0], 4u);
 }
 
 // A state is carried in inference only: its gradient would be lost.

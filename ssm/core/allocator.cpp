@@ -1,5 +1,6 @@
 #include "ssm/core/allocator.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -63,11 +64,15 @@ std::byte* Allocator::take(size_t bytes, size_t& capacity) {
         if (it != free_.end() && !it->second.empty()) {
             std::byte* p = it->second.back();
             it->second.pop_back();
+            if (withholding_) taken_.push_back({p, capacity});
             return p;
         }
     }
     try {
-        return allocate(capacity);
+        std::byte* p = allocate(capacity);
+        std::lock_guard lock(mutex_);
+        if (withholding_) taken_.push_back({p, capacity});
+        return p;
     } catch (...) {
         std::lock_guard lock(mutex_);
         in_use_ -= capacity;
@@ -79,6 +84,34 @@ void Allocator::give(std::byte* p, size_t capacity) noexcept {
     std::lock_guard lock(mutex_);
     in_use_ -= capacity;
     free_[capacity].push_back(p);
+}
+
+void Allocator::start_withholding() {
+    std::lock_guard lock(mutex_);
+    taken_.clear();
+    withholding_ = true;
+}
+
+std::vector<Allocator::Block> Allocator::stop_withholding() {
+    std::lock_guard lock(mutex_);
+    withholding_ = false;
+    std::vector<Block> withheld;
+    for (const Block& block : taken_) {
+        std::vector<std::byte*>& free = free_[block.capacity];
+        const auto it =
+            std::find(free.begin(), free.end(), block.data);  // once: it may have been taken twice
+        if (it == free.end()) continue;
+        free.erase(it);
+        withheld.push_back(block);
+    }
+    taken_.clear();
+    for (const Block& block : withheld) in_use_ += block.capacity;
+    peak_ = std::max(peak_, in_use_);
+    return withheld;
+}
+
+void Allocator::give_back(std::vector<Block> blocks) noexcept {
+    for (const Block& block : blocks) give(block.data, block.capacity);
 }
 
 size_t Allocator::bytes_in_use() const {

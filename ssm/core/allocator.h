@@ -32,6 +32,16 @@ public:
     std::byte* take(size_t bytes, size_t& capacity);
     void give(std::byte* p, size_t capacity) noexcept;
 
+    // Every block that is taken after start_withholding() and back at stop_withholding() is handed to the
+    // caller instead of the next who asks, until give_back(): a captured graph writes it whenever it runs.
+    struct Block {
+        std::byte* data;
+        size_t capacity;
+    };
+    void start_withholding();
+    std::vector<Block> stop_withholding();
+    void give_back(std::vector<Block> blocks) noexcept;
+
     size_t bytes_in_use() const;
     size_t peak_bytes() const;
 
@@ -51,6 +61,8 @@ protected:
 private:
     mutable std::mutex mutex_;
     std::map<size_t, std::vector<std::byte*>> free_;
+    std::vector<Block> taken_;  // while withholding
+    bool withholding_ = false;
     size_t in_use_ = 0, peak_ = 0;
 };
 

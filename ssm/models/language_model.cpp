@@ -65,6 +65,16 @@ int64_t LanguageModel::parameter_count() {
     return count;
 }
 
+int64_t LanguageModel::matrix_elements(bool with_head) {
+    int64_t count = 0;
+    visit([&](const std::string& name, Parameter& p) {
+        const bool head = name == (head_ ? spec_.head_name : spec_.embedding_name);
+        if (p.kind != Parameter::Kind::matrix || (name == spec_.embedding_name && !head)) return;
+        if (!head || with_head) count += element_count(p.shape);
+    });
+    return count;
+}
+
 size_t LanguageModel::weight_bytes() {
     size_t bytes = 0;
     visit([&](const std::string&, Parameter& p) { bytes += p.value().bytes(); });
@@ -81,9 +91,11 @@ void LanguageModel::initialise(uint64_t seed) {
 }
 
 void LanguageModel::require_grad() {
-    visit([](const std::string& name, Parameter& p) {
-        require(p.value().dtype() == DType::f32, "model", "parameter '{}' is {}; training needs f32", name,
-                name_of(p.value().dtype()));
+    visit([&](const std::string& name, Parameter& p) {
+        const bool rounded = home_.device != Device::cpu && p.kind == Parameter::Kind::matrix &&
+                             p.value().dtype() == DType::bf16;
+        require(p.value().dtype() == DType::f32 || rounded, "model",
+                "parameter '{}' is {}; training needs f32", name, name_of(p.value().dtype()));
         p.var = Var(p.value(), true);
     });
 }
@@ -116,21 +128,31 @@ void LanguageModel::move_to(const Exec& ex) {
     home_ = ex;
 }
 
-Var LanguageModel::hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state) {
-    // On the CPU the operator itself looks.
-    for (int64_t t = 0; ctx.exec.device != Device::cpu && t < ids.shape[0]; ++t)
+void LanguageModel::require_ids(View<const int32_t, 1> ids) const {
+    for (int64_t t = 0; t < ids.shape[0]; ++t)
         require(ids(t) >= 0 && ids(t) < spec_.vocab, "embedding",
                 "ids[{}] = {} is outside the vocabulary [0, {})", t, ids(t), spec_.vocab);
+}
+
+Var LanguageModel::hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state) {
+    require_ids(ids);
+    return hidden(ctx, on_device_of(ctx.exec, ids), state);
+}
+
+Var LanguageModel::hidden(Ctx& ctx, const Tensor& ids, ModelState* state) {
     require(state == nullptr || state->layers.size() == blocks_.size(), "model",
             "the state has {} layers but the model {}", state ? state->layers.size() : 0, blocks_.size());
     const RmsNormOptions norm{.eps = spec_.norm_eps};
-    Normed stream{embedding(ctx, on_device_of(ctx.exec, ids), embedding_.var), {}};
-    Var x;
+    std::vector<Var> stream{embedding(ctx, ids, embedding_.var), Var()};  // the residual, a layer's result
     for (size_t i = 0; i < blocks_.size(); ++i) {
-        stream = add_rms_norm(ctx, stream.residual, x, blocks_[i].norm_weight.var, norm, ctx.activation);
-        x = blocks_[i].mixer->forward(ctx, stream.y, state != nullptr ? state->layers[i].get() : nullptr);
+        MixerState* const layer = state != nullptr ? state->layers[i].get() : nullptr;
+        stream = recomputed(ctx, stream, [this, norm, layer, i](Ctx& c, const std::vector<Var>& in) {
+            const Block& block = blocks_[i];
+            const Normed n = add_rms_norm(c, in[0], in[1], block.norm_weight.var, norm, c.activation);
+            return std::vector<Var>{n.residual, block.mixer->forward(c, n.y, layer)};
+        });
     }
-    return add_rms_norm(ctx, stream.residual, x, final_norm_.var, norm, ctx.activation).y;
+    return add_rms_norm(ctx, stream[0], stream[1], final_norm_.var, norm, ctx.activation).y;
 }
 
 const PackedWeight& LanguageModel::packed_head() {
@@ -154,10 +176,21 @@ void LanguageModel::nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> t
     for (int64_t i = 0; i < nll.shape[0]; ++i) nll(i) = host.data<float>()[i];
 }
 
-Var LanguageModel::loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale) {
-    if (ctx.tape != nullptr) packed_head_ = {};  // the weight is about to change
+Var LanguageModel::loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets) {
+    require_ids(ids);
+    const int64_t t = targets.shape[0];
+    int64_t counted = 0;
+    for (int64_t i = 0; i < t; ++i) counted += targets(i) >= 0;
+    require(counted > 0, "cross_entropy", "every one of the {} targets is ignored", t);
+    const std::vector<float> each(static_cast<size_t>(t), 1.0f / static_cast<float>(counted));
+    return loss(ctx, on_device_of(ctx.exec, ids), on_device_of(ctx.exec, targets),
+                Tensor::from_floats({t}, each).to(ctx.exec));
+}
+
+Var LanguageModel::loss(Ctx& ctx, const Tensor& ids, const Tensor& targets, const Tensor& weights) {
+    if (!ctx.inference()) packed_head_ = {};  // the weight is about to change
     const Var h = hidden(ctx, ids, nullptr);
-    return linear_cross_entropy(ctx, h, (head_ ? head_ : embedding_).var, targets, scale);
+    return linear_cross_entropy(ctx, h, (head_ ? head_ : embedding_).var, targets, weights);
 }
 
 }  // namespace ssm

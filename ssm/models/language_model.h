@@ -52,6 +52,8 @@ public:
     // Every parameter once, by its checkpoint name, in the order of the computation.
     void visit(const ParameterVisitor& f);
     int64_t parameter_count();
+    // Elements of the matrices that every token meets: not an embedding that is only looked up.
+    int64_t matrix_elements(bool with_head = true);
     size_t weight_bytes();
 
     // New f32 parameters, drawn from `seed`.
@@ -59,22 +61,28 @@ public:
     // Moves the parameters to ex's device; states are made there from then on. Everything that runs the model
     // afterwards must run on it. On the CPU at first.
     void move_to(const Exec& ex);
-    // Marks every parameter as wanting a gradient (all must be f32).
+    // Marks every parameter as wanting a gradient, which is f32. On the CPU all must be f32; on a GPU the
+    // matrices may be bf16, rounded from what an optimiser keeps.
     void require_grad();
     // A number that differs between models: config, names, shapes and samples of the weights.
     uint64_t fingerprint();
 
     ModelState new_state(int64_t sequences) const;
 
-    // ids [t] (host memory, as all ids here) -> [t e], after the final norm. ctx.cu_seqlens splits the
-    // tokens; empty with a state: one token of each sequence. Throws for ids outside [0, vocab).
+    // ids [t] (host memory) -> [t e], after the final norm. ctx.cu_seqlens splits the tokens; empty with a
+    // state: one token of each sequence. Throws for ids outside [0, vocab).
     Var hidden(Ctx& ctx, View<const int32_t, 1> ids, ModelState* state);
+    // The same with ids on the device, unchecked.
+    Var hidden(Ctx& ctx, const Tensor& ids, ModelState* state);
+    void require_ids(View<const int32_t, 1> ids) const;  // throws for one outside [0, vocab)
     // [t e] -> [t vocab] f32
     Tensor logits(Ctx& ctx, const Tensor& hidden);
     // nll [t] (host memory) of targets under the logits, without holding these.
     void nll(Ctx& ctx, const Tensor& hidden, View<const int32_t, 1> targets, View<float, 1> nll);
-    // Mean over the targets >= 0; with a tape, `scale` times its gradient is recorded.
-    Var loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets, float scale = 1.0f);
+    // Mean over the targets >= 0, a scalar on the device.
+    Var loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t, 1> targets);
+    // sum_t weights[t] nll[t] with ids, targets [t] i32 and weights [t] f32 on the device: nothing waits.
+    Var loss(Ctx& ctx, const Tensor& ids, const Tensor& targets, const Tensor& weights);
 
 private:
     struct Block {

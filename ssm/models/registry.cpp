@@ -117,7 +117,8 @@ void save_model(LanguageModel& model, const std::filesystem::path& dir, const Sa
     std::vector<NamedTensor> tensors;
     model.visit([&](const std::string& name, Parameter& p) {
         const DType dtype = p.kind == Parameter::Kind::matrix ? options.dtype : DType::f32;
-        tensors.push_back({name == spec.embedding_name ? embedding_name : name, p.value().to(dtype)});
+        tensors.push_back(
+            {name == spec.embedding_name ? embedding_name : name, p.value().to_host().to(dtype)});
     });
     write_checkpoint(dir, tensors, options.max_shard_bytes);
     write_file_atomic(dir / "config.json", with_dtype(config_text, options.dtype));

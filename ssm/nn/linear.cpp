@@ -21,9 +21,9 @@ Linear::Linear(int64_t in, int64_t out, bool with_bias, double init_scale) {
 }
 
 Var Linear::apply(Ctx& ctx, const Var& x, const Var& b, DType out) {
-    if (ctx.tape != nullptr) {
+    if (!ctx.inference()) {
         packed_ = {};  // the weight is about to change
-        return linear(ctx, x, weight.var, b);
+        return linear(ctx, x, weight.var, b, out);
     }
     if (!packed_ || packed_.weight().raw() != weight.value().raw()) packed_ = PackedWeight(weight.value());
     Tensor y = Tensor::empty(ctx.exec, {x.value().dim(0), weight.value().dim(0)}, out);

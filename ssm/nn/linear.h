@@ -12,7 +12,7 @@ public:
     // `init_scale` multiplies the usual bound 1/sqrt(i) (kaiming-uniform with a = sqrt 5, PyTorch's default).
     Linear(int64_t in, int64_t out, bool bias, double init_scale = 1.0);
 
-    // [t i] -> [t o]. `out` is the type of the result; while a tape is recorded everything is f32.
+    // [t i] -> [t o]; `out` is the type of the result.
     Var forward(Ctx& ctx, const Var& x, DType out = DType::f32);
     // The same with the bias left out, for an operator that adds it itself.
     Var forward_no_bias(Ctx& ctx, const Var& x, DType out = DType::f32);

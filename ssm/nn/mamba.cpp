@@ -51,11 +51,11 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
         C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
     }
     delta = dt_proj_.forward_no_bias(ctx, delta);  // its bias goes through the scan's softplus
-    if (ctx.tape != nullptr || !A_) A_ = neg_exp(ctx, A_log_.var);
+    if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},
                                  s != nullptr ? &s->ssm : nullptr);
-    if (ctx.tape != nullptr) A_ = Var();
-    return out_proj_.forward(ctx, y);
+    if (!ctx.inference()) A_ = Var();
+    return out_proj_.forward(ctx, y, ctx.branch());
 }
 
 std::unique_ptr<MixerState> MambaMixer::new_state(int64_t s, DType activation) const {

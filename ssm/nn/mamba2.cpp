@@ -39,15 +39,16 @@ Var Mamba2Mixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     const Var xBC = causal_conv1d(ctx, projected.columns(d, d + channels), conv_weight_.var, conv_bias_.var,
                                   Activation::silu, s != nullptr ? &s->conv : nullptr);
     const Var x = xBC.columns(0, d), B = xBC.columns(d, d + gn), C = xBC.columns(d + gn, d + 2 * gn);
-    if (ctx.tape != nullptr || !A_) A_ = neg_exp(ctx, A_log_.var);
+    if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
     const Var y = ssd(ctx, {x, dt, A_, B, C, D_.var, dt_bias_.var}, shape, s != nullptr ? &s->ssm : nullptr);
-    if (ctx.tape != nullptr) A_ = Var();
+    if (!ctx.inference()) A_ = Var();
     const RmsNormOptions options{
         .eps = c.norm_eps,
         .groups = c.norm_groups,
         .gate = c.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
-    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, options, ctx.activation));
+    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, options, ctx.activation),
+                             ctx.branch());
 }
 
 std::unique_ptr<MixerState> Mamba2Mixer::new_state(int64_t s, DType activation) const {

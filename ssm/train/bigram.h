@@ -18,10 +18,17 @@ public:
     }
     std::vector<TrainedParameter> parameters() override { return all_; }
     double loss(const Batch& batch) override { return pass(batch, 0.0, false); }
-    double add_gradients(const Batch& batch, double weight) override {
-        const double result = pass(batch, weight, true);
-        if (after) after(*this);
-        return result;
+    void set_batches(std::span<const Batch> batches, std::span<const double> weights) override {
+        batches_.assign(batches.begin(), batches.end());
+        weights_.assign(weights.begin(), weights.end());
+    }
+    void add_gradients(const Tensor& loss) override {
+        double sum = 0;
+        for (size_t i = 0; i < batches_.size(); ++i) {
+            if (weights_[i] != 0) sum += weights_[i] * pass(batches_[i], weights_[i], true);
+            if (after) after(*this);
+        }
+        loss.data<float>()[0] = static_cast<float>(sum);
     }
     void save(const std::filesystem::path& folder) override {
         write_checkpoint(folder, {{all_[0].name, all_[0].value}, {all_[1].name, all_[1].value}});
@@ -54,6 +61,8 @@ private:
     }
     int64_t v_;
     std::vector<TrainedParameter> all_;
+    std::vector<Batch> batches_;
+    std::vector<double> weights_;
 };
 
 // Text with structure: words of a small list.

@@ -17,6 +17,8 @@ double now() {
 std::string text_of(const ProgressStatus& s) {
     std::string text = fmt::format("{:3.0f}%  step {}  loss {:.4f}  lr {:.2e}  {:.0f} tokens/s",
                                    100 * s.share, s.step, s.loss, s.learning_rate, s.tokens_per_second);
+    if (s.peak_share > 0) text += fmt::format(" ({:.0f}% of peak)", 100 * s.peak_share);
+    if (s.memory > 0) text += fmt::format("  {:.2f} GB", static_cast<double>(s.memory) * 1e-9);
     if (s.valid_loss) text += fmt::format("  valid {:.4f}", *s.valid_loss);
     if (s.bits_per_byte) text += fmt::format(" ({:.4f} bits/byte)", *s.bits_per_byte);
     if (s.accuracy) text += fmt::format(" ({:.2f}% right)", 100 * *s.accuracy);

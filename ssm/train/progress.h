@@ -11,7 +11,9 @@ namespace ssm {
 
 struct ProgressStatus {
     int64_t step = 0;
-    double share = 0;  // of the run that is done, [0, 1]
+    double share = 0;       // of the run that is done, [0, 1]
+    double peak_share = 0;  // of the machine's arithmetic that the step uses; 0: not known
+    size_t memory = 0;      // bytes that the run held at most; 0: not known
     double loss = 0, learning_rate = 0, tokens_per_second = 0, seconds_left = 0;
     std::optional<double> valid_loss, bits_per_byte, accuracy;
 };

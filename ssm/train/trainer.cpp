@@ -38,7 +38,7 @@ void check(const TrainOptions& o) {
     require(o.steps >= 0 && o.tokens >= 0 && o.minutes >= 0, "train", "a limit of the run is negative");
     require(o.steps > 0 || o.tokens > 0 || o.minutes > 0, "train",
             "a run needs an end: steps, tokens or minutes");
-    require(o.clip >= 0, "train", "clip must not be negative but is {}", o.clip);
+    require(o.optimizer.clip >= 0, "train", "clip must not be negative but is {}", o.optimizer.clip);
     require(o.keep >= 1, "train", "keep must be at least 1 but is {}", o.keep);
     require(std::isfinite(o.schedule.peak) && o.schedule.peak > 0, "train",
             "the learning rate must be positive but is {}", o.schedule.peak);
@@ -58,6 +58,7 @@ Trainer::Trainer(Exec exec, Trainable& model, std::unique_ptr<BatchSource> train
       options_((check(options), std::move(options))),
       folder_(options_.out),
       optimizer_(exec_, model.parameters(), options_.optimizer),
+      replay_(exec_),
       progress_(progress),
       batches_(static_cast<size_t>(options_.accumulate)) {
     add_identity(options_, *source_);
@@ -122,6 +123,7 @@ void Trainer::resume_from(const fs::path& checkpoint) {
         p.value.copy_from(weights.tensor(p.name, p.value.shape()));
     }
     weights.require_all_claimed();
+    optimizer_.round_parameters();
     optimizer_.load(checkpoint / kOptimizer);
     checkpoint_ = checkpoint;
 }
@@ -168,43 +170,59 @@ double Trainer::rate(int64_t step) const {
                          per_step * static_cast<double>(options_.schedule.warmup));
 }
 
+// Asks for a step. On a GPU it runs while the host prepares the next, and what came of it is looked at then.
 void Trainer::take_step() {
     const Stopwatch watch;
     int64_t total = 0, counted = 0;
+    std::vector<int64_t> shape;
     for (Batch& b : batches_) {
         source_->next(b);
         total += b.tokens();
         counted += b.counted();
+        shape.insert(shape.end(), b.cu_seqlens.begin(), b.cu_seqlens.end());
     }
-    double loss = 0;
-    for (const Batch& b : batches_) {
-        const double weight = static_cast<double>(b.counted()) / static_cast<double>(counted);
-        if (weight != 0) loss += weight * model_.add_gradients(b, weight);
-    }
-    const double norm = optimizer_.gradient_norm();
-    if (!std::isfinite(loss) || !std::isfinite(norm)) stop_not_finite(loss, norm);
-    const double scale = options_.clip > 0 && norm > options_.clip ? options_.clip / norm : 1.0;
+    std::vector<double> weights;
+    for (const Batch& b : batches_)
+        weights.push_back(static_cast<double>(b.counted()) /
+                          static_cast<double>(std::max<int64_t>(counted, 1)));
+    model_.set_batches(batches_, weights);
     rate_ = rate(step_ + 1);
-    optimizer_.step(step_ + 1, rate_, scale);
-    ++step_;
+    optimizer_.set_rate(step_ + 1, rate_);
+    replay_.run(shape, [&] {
+        model_.add_gradients(optimizer_.loss());
+        optimizer_.step();
+    });
+    settle();
+    optimizer_.request();
+    unsettled_ = ++step_;
+    if (exec_.device == Device::cpu) settle();
     tokens_ += total;
-    norm_ = norm;
-    since_.loss += loss;
-    ++since_.steps;
     since_.tokens += total;
-    const double seconds = watch.seconds();
+    count(watch.seconds());
+}
+
+void Trainer::settle() {
+    if (unsettled_ == 0) return;
+    const Optimizer::Status s = optimizer_.status();
+    const int64_t step = std::exchange(unsettled_, 0);
+    if (!std::isfinite(s.loss) || !std::isfinite(s.norm)) stop_not_finite(step, s);
+    norm_ = s.norm;
+    since_.loss += s.loss;
+    ++since_.steps;
+}
+
+void Trainer::count(double seconds) {
     since_.seconds += seconds;
     seconds_ += seconds;
 }
 
-void Trainer::stop_not_finite(double loss, double norm) const {
+void Trainer::stop_not_finite(int64_t step, Optimizer::Status s) const {
     const TrainedParameter* broken = optimizer_.broken_gradient();
     const std::string where = broken != nullptr
                                   ? fmt::format("the gradient of `{}` is not finite", broken->name)
-                              : std::isfinite(loss) ? fmt::format("the norm of the gradients is {}", norm)
-                                                    : "every gradient is finite";
-    fail(ErrorCode::numeric, "train", "step {}: the loss is {}, {}; the last good checkpoint is `{}`",
-         step_ + 1, loss, where, checkpoint_.string());
+                                  : fmt::format("the norm of the gradients is {}", s.norm);
+    fail(ErrorCode::numeric, "train", "step {}: the loss is {}, {}; the last good checkpoint is `{}`", step,
+         s.loss, where, checkpoint_.string());
 }
 
 ProgressStatus Trainer::status() const {
@@ -216,6 +234,9 @@ ProgressStatus Trainer::status() const {
     s.learning_rate = rate_;
     s.tokens_per_second =
         since_.seconds > 0 ? static_cast<double>(since_.tokens) / since_.seconds : tokens_per_second_;
+    s.peak_share =
+        options_.peak_flops > 0 ? s.tokens_per_second * model_.flop_per_token() / options_.peak_flops : 0;
+    s.memory = exec_.allocator->peak_bytes();
     s.seconds_left = done > 0 ? (seconds_ - start_seconds_) * (1 - now) / done : NAN;
     return s;
 }
@@ -258,9 +279,15 @@ TrainSummary Trainer::run(const std::atomic<bool>* stop) {
         const bool last = share() >= 1;
         stopped = !last && stop != nullptr && stop->load();
         const bool validated = valid_ != nullptr && due(options_.valid_every, last) && !stopped;
-        if (validated) last_valid_ = validate();
         const bool saved = due(options_.checkpoint_every, last || stopped);
-        if (validated || saved || due(options_.log_every, last)) {
+        const bool logged = validated || saved || due(options_.log_every, last);
+        if (logged) {
+            const Stopwatch watch;
+            settle();
+            count(watch.seconds());
+        }
+        if (validated) last_valid_ = validate();
+        if (logged) {
             write_row(validated ? last_valid_ : std::nullopt);
         } else {
             progress_.update(status());

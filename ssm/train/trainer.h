@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "ssm/core/exec.h"
+#include "ssm/core/replay.h"
 #include "ssm/train/batch_source.h"
 #include "ssm/train/metrics.h"
 #include "ssm/train/optimizer.h"
@@ -36,7 +37,7 @@ struct TrainOptions {
     double minutes = 0;
     Schedule schedule;
     OptimizerOptions optimizer;
-    double clip = 1.0;                                                   // 0: no clipping
+    double peak_flops = 0;  // of the machine, for the progress line's share of it; 0: not known
     int64_t log_every = 10, checkpoint_every = 1000, valid_every = 500;  // steps; 0: only at the end
     int64_t keep = 2;                                                    // checkpoints
     // What must be the same when the run is resumed, beside what the source says; by name, for the message.
@@ -81,7 +82,9 @@ private:
     double share() const;
     double rate(int64_t step) const;
     void take_step();
-    [[noreturn]] void stop_not_finite(double loss, double norm) const;
+    void settle();  // the loss and the norm of the step that was asked for last; waits for it
+    void count(double seconds);
+    [[noreturn]] void stop_not_finite(int64_t step, Optimizer::Status status) const;
     void write_row(std::optional<Validation> valid);
     void write_checkpoint();
     ProgressStatus status() const;
@@ -94,12 +97,14 @@ private:
     TrainOptions options_;
     RunFolder folder_;
     Optimizer optimizer_;
+    Replay replay_;
     std::unique_ptr<MetricsLog> metrics_;
     Progress progress_;
     std::vector<Batch> batches_;
 
     int64_t step_ = 0, tokens_ = 0;
-    double seconds_ = 0;  // of work, over all resumptions
+    int64_t unsettled_ = 0;  // the step whose loss was not looked at yet; 0: none
+    double seconds_ = 0;     // of work, over all resumptions
     double start_share_ = 0, start_seconds_ = 0;
     double loss_ = 0, norm_ = 0, rate_ = 0, tokens_per_second_ = 0;
     Since since_;

@@ -136,12 +136,17 @@ TEST_F(TrainerTest, AccumulationEqualsALargerBatch) {
             total += p.tokens();
         }
         const auto x = one.parameters(), y = many.parameters();
-        const double loss = one.add_gradients(whole, 1.0);
-        double sum = 0;
-        for (const Batch& p : parts) {
-            const double weight = static_cast<double>(p.tokens()) / static_cast<double>(total);
-            sum += weight * many.add_gradients(p, weight);
-        }
+        const auto gradients = [](TrainedLanguageModel& model, std::span<const Batch> batches,
+                                  const std::vector<double>& weights) {
+            const Tensor loss = Tensor::zeros({1});
+            model.set_batches(batches, weights);
+            model.add_gradients(loss);
+            return static_cast<double>(loss.item());
+        };
+        std::vector<double> weights;
+        for (const Batch& p : parts)
+            weights.push_back(static_cast<double>(p.tokens()) / static_cast<double>(total));
+        const double loss = gradients(one, {&whole, 1}, {1.0}), sum = gradients(many, parts, weights);
         EXPECT_NEAR(sum, loss, 1e-6 * loss);
         for (size_t i = 0; i < x.size(); ++i) {
             const auto flat = [](const Tensor& t) {
@@ -228,7 +233,7 @@ TEST_F(TrainerTest, GradientsAreClippedByTheGlobalNorm) {
         Bigram model(256);
         TextOptions o = options(clip > 0 ? "clipped" : "free");
         o.steps = 1;
-        o.clip = clip;
+        o.optimizer.clip = clip;
         Trainer t = trainer(model, o);
         const TrainSummary s = t.run();
         const SafetensorsFile state = SafetensorsFile::open(s.checkpoint / "optimizer.safetensors");

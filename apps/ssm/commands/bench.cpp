@@ -74,18 +74,6 @@ struct Work {
     double flop = 0, bytes = 0;  // of one repeat
 };
 
-// Elements of the matrices that every token meets: all but an embedding that is only looked up.
-int64_t matrix_elements(LanguageModel& model, bool with_head) {
-    int64_t count = 0;
-    const ModelSpec& spec = model.spec();
-    model.visit([&](const std::string& name, Parameter& p) {
-        const bool head = name == (spec.tie_embeddings ? spec.embedding_name : spec.head_name);
-        if (p.kind != Parameter::Kind::matrix || (name == spec.embedding_name && !head)) return;
-        if (!head || with_head) count += element_count(p.shape);
-    });
-    return count;
-}
-
 struct Test {
     std::string name;
     int64_t tokens;
@@ -106,8 +94,8 @@ void clear(ModelState& state) {
 }
 
 Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
-    const auto elements = static_cast<double>(matrix_elements(model, false));
-    const auto head = static_cast<double>(matrix_elements(model, true)) - elements;
+    const auto elements = static_cast<double>(model.matrix_elements(false));
+    const auto head = static_cast<double>(model.matrix_elements()) - elements;
     return {fmt::format("pp{}", t),
             t,
             {.flop = 2 * elements * static_cast<double>(t) + 2 * head},
@@ -125,7 +113,7 @@ Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
 
 Test decode_test(const Exec& ex, LanguageModel& model, int64_t t) {
     const auto item = static_cast<double>(size_of(model.dtype()));
-    const double step_bytes = static_cast<double>(matrix_elements(model, true)) * item +
+    const double step_bytes = static_cast<double>(model.matrix_elements()) * item +
                               2.0 * static_cast<double>(model.new_state(1).bytes());
     return {fmt::format("tg{}", t),
             t,
@@ -148,7 +136,7 @@ Test train_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t l) {
     for (int64_t i = 0; i <= b; ++i) cu_seqlens.push_back(i * l);
     return {fmt::format("train{}x{}", b, l),
             b * l,
-            {.flop = 6 * static_cast<double>(matrix_elements(model, true)) * static_cast<double>(b * l)},
+            {.flop = 6 * static_cast<double>(model.matrix_elements()) * static_cast<double>(b * l)},
             [&ex, &model, cu_seqlens, ids = random_ids(b * l, model.vocab())] {
                 const auto t = static_cast<int64_t>(ids.size());
                 Tape tape;

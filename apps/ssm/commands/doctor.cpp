@@ -56,7 +56,10 @@ std::vector<Check> norms_and_products() {
          {{kTokens, 24}, {40, 24}},
          [](Ctx& c, const auto& v) {
              const auto ids = some_ids(kTokens, 40);
-             return linear_cross_entropy(c, v[0], v[1], {ids.data(), {kTokens}});
+             const std::vector<float> weights(kTokens, 1.0f / kTokens);
+             return linear_cross_entropy(c, v[0], v[1],
+                                         on_device_of(c.exec, View<const int32_t, 1>(ids.data(), {kTokens})),
+                                         Tensor::from_floats({kTokens}, weights).to(c.exec));
          }},
         {"elementwise",
          {{kTokens, 24}, {kTokens, 24}},
@@ -120,13 +123,26 @@ std::vector<float> adamw_values(const Exec& ex) {
     for (Tensor& x : t) x = random_tensor(random, {1001}).to(ex);
     t[2].fill_zero();
     t[3].fill_zero();
-    for (int64_t step = 1; step <= 2; ++step) {
-        adamw_step(ex, t[0].view<float, 1>(), t[1].view<const float, 1>(), t[2].view<float, 1>(),
-                   t[3].view<float, 1>(), {.step = step});
+    const AdamWTable table(ex, {{t[0].view<float, 1>(),
+                                 t[1].view<float, 1>(),
+                                 t[2].view<float, 1>(),
+                                 t[3].view<float, 1>(),
+                                 {},
+                                 0.1f}});
+    const Tensor gradient = t[1].clone(), norm = Tensor::empty(ex, {1});
+    const AdamWOptions options{.clip = 1.0f};
+    for (int step = 1; step <= 2; ++step) {
+        t[1].copy_from(gradient);
+        gradient_norm(ex, table, norm.view<float, 1>());
+        const Tensor rates =
+            Tensor::from_floats({3}, {1e-3f, 1.0f - std::pow(options.beta1, static_cast<float>(step)),
+                                      1.0f - std::pow(options.beta2, static_cast<float>(step))})
+                .to(ex);
+        adamw_step(ex, table, options, rates.view<const float, 1>(), norm.view<const float, 1>());
     }
     const Tensor host = t[0].to_host();
     std::vector<float> all(host.data<float>(), host.data<float>() + host.size());
-    all.push_back(static_cast<float>(squared_norm(ex, t[1].view<const float, 1>())));
+    all.push_back(norm.item());
     return all;
 }
 

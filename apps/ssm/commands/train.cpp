@@ -14,6 +14,7 @@
 #include "ssm/io/json/config_reader.h"
 #include "ssm/io/mapped_file.h"
 #include "ssm/models/registry.h"
+#include "ssm/ops/linear/linear_rates.h"
 #include "ssm/train/encoder.h"
 #include "ssm/train/hash.h"
 #include "ssm/train/text_validator.h"
@@ -35,7 +36,8 @@ struct Options {
     BatchSamplerOptions sampler;
     int64_t valid_tokens = 0;  // 0: all
     TrainOptions train;
-    std::string dtype = "f32";
+    std::string device = "cpu", dtype = "f32";
+    bool recompute = false, deterministic = false;
     int threads = 0;
     bool untied = false, resume = false, json = false, quiet = false;
 };
@@ -136,8 +138,12 @@ void run(Options& o, const CLI::App& command) {
     require(!o.arch.empty() + !o.config.empty() + !o.init_from.empty() == 1, "train",
             "give one of --arch, --config and --init-from");
     require(!o.data.empty(), "train", "no text to train on: give --data FILE");
-    Exec ex = make_cpu_exec(o.threads);
-    if (o.dtype == "bf16") ex.matmul = MatmulPrecision::bf16;
+    const bool cuda = o.device == "cuda", bf16 = o.dtype == "bf16";
+    require(cuda || !o.recompute, "train", "--recompute is for --device cuda");
+    const Exec host = make_cpu_exec(o.threads);
+    Exec ex = cuda ? make_cuda_exec() : host;
+    ex.deterministic = o.deterministic;
+    if (bf16) ex.matmul = MatmulPrecision::bf16;
     std::vector<std::string> notes;  // shown once nothing can be wrong any more
 
     const TextEncoder encoder = make_encoder(o);
@@ -145,16 +151,18 @@ void run(Options& o, const CLI::App& command) {
     require(encoder.vocabulary <= model->vocab(), "train",
             "the tokenizer has {} ids but the model's vocabulary is {}", encoder.vocabulary, model->vocab());
     std::map<std::string, std::string>& identity = o.train.identity;
-    auto data = open_corpus(ex, o, encoder, o.data, notes, identity["data"]);
+    auto data = open_corpus(host, o, encoder, o.data, notes, identity["data"]);
     std::string not_identity;
-    auto valid = open_corpus(ex, o, encoder, o.valid, notes, not_identity);
+    auto valid = open_corpus(host, o, encoder, o.valid, notes, not_identity);
     identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
     identity["tokenizer"] = fmt::format("{:016x}", encoder.fingerprint);
     identity["dtype"] = o.dtype;
     o.train.files = {{"tokenizer.json", encoder.tokenizer_json},
                      {"generation_config.json", generation_config(encoder)}};
 
-    TrainedLanguageModel trained(ex, *model);
+    TrainedLanguageModel trained(
+        ex, *model, {.dtype = cuda && bf16 ? DType::bf16 : DType::f32, .recompute = o.recompute});
+    if (!o.quiet && !cuda) o.train.peak_flops = measure_matrix_rate(ex, bf16 ? DType::bf16 : DType::f32);
     std::unique_ptr<Validator> validator;
     if (!valid.empty()) {
         validator = std::make_unique<TextValidator>(trained, std::move(valid), o.sampler.length,
@@ -257,10 +265,17 @@ void add_run_options(CLI::App& c, Options& o) {
     c.add_option("--beta2", t.optimizer.beta2, "AdamW")
         ->check(CLI::Range(0.0, 0.9999999))
         ->capture_default_str();
-    c.add_option("--clip", t.clip, "Largest norm of the gradients; 0: any")
+    c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
-    c.add_option("--dtype", o.dtype, "Of matrix products; weights stay f32")
+    c.add_option("--device", o.device, "Where the model is")
+        ->check(CLI::IsMember({"cpu", "cuda"}))
+        ->capture_default_str();
+    c.add_flag("--recompute", o.recompute,
+               "Layers again in the backward pass: less memory, more work (cuda)");
+    c.add_flag("--deterministic", o.deterministic,
+               "The same bytes from run to run (cuda; on the CPU always)");
+    c.add_option("--dtype", o.dtype, "Of matrix products, on a GPU of activations too; weights stay f32")
         ->check(CLI::IsMember({"f32", "bf16"}))
         ->capture_default_str();
     c.add_option("--threads", o.threads, "Threads; 0: all cores")->check(CLI::Range(0, 1024));

@@ -1,6 +1,7 @@
 // The parameters of the training shape (5.2 M) and of Mamba-130M's largest layer tensors together.
 #include "ssm/ops/adamw/adamw.h"
 
+#include "ssm/ops/adamw/adamw_impl.h"
 #include "tests/support/bench.h"
 
 namespace ssm {
@@ -12,9 +13,17 @@ struct Data {
     test::Buffer<float> param{random.vector(count)}, grad{random.vector(count)};
     test::Buffer<float> m{std::vector<float>(param.size())}, v{m};
 
+    const AdamWTable table{test::bench_exec(),
+                           {{{param.data(), {count}},
+                             {grad.data(), {count}},
+                             {m.data(), {count}},
+                             {v.data(), {count}},
+                             {},
+                             0.1f}}};
+
     void step() const {
-        adamw_step(test::bench_exec(), {param.data(), {count}}, {grad.data(), {count}}, {m.data(), {count}},
-                   {v.data(), {count}}, {});
+        const float rates[] = {1e-3f, 0.1f, 0.05f}, norm = 1.0f;
+        adamw_step(test::bench_exec(), table, {}, {rates, {3}}, {&norm, {1}});
     }
 };
 
@@ -27,7 +36,7 @@ void adamw(benchmark::State& state) {
     data.step();
     test::require_right(data.param, expected, 1e-5);
     for (auto _ : state) data.step();
-    test::report_bytes(state, 28.0 * static_cast<double>(data.count));
+    test::report_bytes(state, 32.0 * static_cast<double>(data.count));
 }
 
 void norm(benchmark::State& state) {
@@ -35,10 +44,10 @@ void norm(benchmark::State& state) {
     const test::Buffer<float> x{random.vector(state.range(0))};
     double expected = 0;
     for (const float v : x.values()) expected += static_cast<double>(v) * static_cast<double>(v);
-    const View<const float, 1> view{x.data(), {state.range(0)}};
-    test::require_right(test::Buffer<double>{std::vector<double>{squared_norm(test::bench_exec(), view)}},
-                        std::vector<double>{expected}, 1e-7);
-    for (auto _ : state) benchmark::DoNotOptimize(squared_norm(test::bench_exec(), view));
+    const auto run = [&] { return cpu::squared_norm(test::bench_exec(), state.range(0), x.data()); };
+    test::require_right(test::Buffer<double>{std::vector<double>{run()}}, std::vector<double>{expected},
+                        1e-7);
+    for (auto _ : state) benchmark::DoNotOptimize(run());
     test::report_bytes(state, 4.0 * static_cast<double>(x.size()));
 }
 

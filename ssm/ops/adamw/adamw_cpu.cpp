@@ -19,11 +19,12 @@ namespace {
 using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
-void AdamWRun(int64_t n, float* param, const float* grad, float* m, float* v, const AdamWConstants& c) {
+void AdamWRun(int64_t n, float* param, float* grad, float* m, float* v, bf16* rounded,
+              const AdamWConstants& c) {
     const DF d;
     const VF beta1 = hn::Set(d, c.beta1), g1 = hn::Set(d, c.g1), beta2 = hn::Set(d, c.beta2),
              g2 = hn::Set(d, c.g2), decay = hn::Set(d, c.decay), rate = hn::Set(d, c.rate),
-             inv_bias2 = hn::Set(d, c.inv_bias2), eps = hn::Set(d, c.eps);
+             inv_bias2 = hn::Set(d, c.inv_bias2), eps = hn::Set(d, c.eps), zero = hn::Zero(d);
     ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR {
         const VF g = Load(d, grad + i, lanes);
         const VF new_m = hn::MulAdd(beta1, Load(d, m + i, lanes), hn::Mul(g1, g));
@@ -31,7 +32,10 @@ void AdamWRun(int64_t n, float* param, const float* grad, float* m, float* v, co
         const VF step = hn::Div(hn::Mul(rate, new_m), hn::MulAdd(hn::Sqrt(new_v), inv_bias2, eps));
         Store(d, new_m, m + i, lanes);
         Store(d, new_v, v + i, lanes);
-        Store(d, hn::MulSub(decay, Load(d, param + i, lanes), step), param + i, lanes);
+        const VF new_param = hn::MulSub(decay, Load(d, param + i, lanes), step);
+        Store(d, new_param, param + i, lanes);
+        Store(d, zero, grad + i, lanes);
+        if (rounded != nullptr) Store(d, new_param, rounded + i, lanes);
     });
 }
 
@@ -72,11 +76,12 @@ constexpr int64_t kGrainElements = 16384;
 
 }  // namespace
 
-void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
+void adamw_step(const Exec& ex, int64_t count, float* param, float* grad, float* m, float* v, bf16* rounded,
                 const AdamWConstants& c) {
     const auto kernel = HWY_DYNAMIC_DISPATCH(AdamWRun);
     parallel_for(ex, count, kGrainElements, [&](int64_t begin, int64_t end) {
-        kernel(end - begin, param + begin, grad + begin, m + begin, v + begin, c);
+        kernel(end - begin, param + begin, grad + begin, m + begin, v + begin,
+               rounded != nullptr ? rounded + begin : nullptr, c);
     });
 }
 

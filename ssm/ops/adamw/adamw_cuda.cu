@@ -1,5 +1,5 @@
-// CUDA kernels of adamw: one pass over memory by packs of 16 bytes; the sum of squares in f64 over a fixed
-// split into blocks, added in their order.
+// CUDA kernels of adamw: a block takes a piece of a parameter, whatever parameter it is of, so that one
+// launch is a step; the sum of squares in f64 over the same pieces, added in their order.
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/ops/adamw/adamw_impl.h"
@@ -9,108 +9,170 @@ namespace {
 
 constexpr std::string_view kOp = "adamw";
 constexpr int kThreads = 256;
+constexpr int kPack = 4;
+constexpr int kPacks = static_cast<int>(kAdamWPiece) / (kThreads * kPack);  // of a thread
+
+__device__ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 struct StepParams {
-    int64_t count, packs;  // `packs` of four, the rest one by one
-    float* param;
-    const float* grad;
-    float *m, *v;
-    AdamWConstants c;
+    const AdamWPiece* pieces;
+    const float *rates, *norm;
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, clip;
 };
 
+__device__ inline AdamWConstants constants_of(const StepParams& p, float norm, float weight_decay) {
+    const float lr = p.rates[0];
+    const float scale = p.clip > 0.0f ? fminf(1.0f, p.clip / norm) : 1.0f;
+    return {.beta1 = p.beta1,
+            .g1 = p.one_minus_beta1 * scale,
+            .beta2 = p.beta2,
+            .g2 = p.one_minus_beta2 * scale * scale,
+            .decay = fmaf(-lr, weight_decay, 1.0f),
+            .rate = lr / p.rates[1],
+            .inv_bias2 = 1.0f / sqrtf(p.rates[2]),
+            .eps = p.eps};
+}
+
 template <int N>
-__device__ inline void update(const StepParams& p, int64_t i) {
-    const AdamWConstants& c = p.c;
-    const Pack<float, N> grad = load_pack<N>(p.grad + i);
-    Pack<float, N> m = load_pack<N>(p.m + i), v = load_pack<N>(p.v + i), param = load_pack<N>(p.param + i);
+struct Elements {
+    Pack<float, N> grad, m, v, param;
+
+    __device__ void load(const AdamWPiece& p, int i) {
+        grad = load_pack<N>(p.grad + i);
+        m = load_pack<N>(p.m + i);
+        v = load_pack<N>(p.v + i);
+        param = load_pack<N>(p.param + i);
+    }
+    __device__ void step(const AdamWConstants& c) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-        const float g = grad.at[k];
-        m.at[k] = fmaf(c.beta1, m.at[k], c.g1 * g);
-        v.at[k] = fmaf(c.beta2, v.at[k], c.g2 * g * g);
-        const float step = c.rate * m.at[k] / fmaf(sqrtf(v.at[k]), c.inv_bias2, c.eps);
-        param.at[k] = fmaf(c.decay, param.at[k], -step);
+        for (int k = 0; k < N; ++k) {
+            const float g = grad.at[k];
+            m.at[k] = fmaf(c.beta1, m.at[k], c.g1 * g);
+            v.at[k] = fmaf(c.beta2, v.at[k], c.g2 * g * g);
+            const float by = c.rate * m.at[k] / fmaf(sqrtf(v.at[k]), c.inv_bias2, c.eps);
+            param.at[k] = fmaf(c.decay, param.at[k], -by);
+        }
     }
-    store_pack(p.m + i, m);
-    store_pack(p.v + i, v);
-    store_pack(p.param + i, param);
+    __device__ void store(const AdamWPiece& p, int i) const {
+        store_pack(p.m + i, m);
+        store_pack(p.v + i, v);
+        store_pack(p.param + i, param);
+        store_pack(p.grad + i, Pack<float, N>{});
+        if (p.rounded == nullptr) return;
+        Pack<bf16, N> rounded;
+#pragma unroll
+        for (int k = 0; k < N; ++k) rounded.at[k] = from_float<bf16>(param.at[k]);
+        store_pack(p.rounded + i, rounded);
+    }
+};
+
+// Two packs in flight.
+__device__ inline void step_packs(const AdamWPiece& p, const AdamWConstants& c) {
+    constexpr int kTogether = 2;
+#pragma unroll 1
+    for (int first = threadIdx.x * kPack; first < p.count; first += kTogether * kThreads * kPack) {
+        Elements<kPack> x[kTogether];
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+            const int i = first + u * kThreads * kPack;
+            if (i + kPack <= p.count) x[u].load(p, i);
+        }
+#pragma unroll
+        for (int u = 0; u < kTogether; ++u) {
+            const int i = first + u * kThreads * kPack;
+            if (i + kPack > p.count) continue;
+            x[u].step(c);
+            x[u].store(p, i);
+        }
+    }
 }
 
-__global__ void __launch_bounds__(kThreads) Step(const __grid_constant__ StepParams p) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i < p.packs) {
-        update<4>(p, i * 4);
-    } else if (i + 3 * p.packs < p.count) {
-        update<1>(p, i + 3 * p.packs);
+__device__ inline void step_ones(const AdamWPiece& p, const AdamWConstants& c, int begin) {
+    for (int i = begin + static_cast<int>(threadIdx.x); i < p.count; i += kThreads) {
+        Elements<1> x;
+        x.load(p, i);
+        x.step(c);
+        x.store(p, i);
     }
 }
 
-// Sums of kPart elements each; then of `count` sums by one block.
-constexpr int64_t kPart = 32768;
+__global__ void __launch_bounds__(kThreads) Step(const __grid_constant__ StepParams params) {
+    const AdamWPiece p = params.pieces[blockIdx.x];
+    const float norm = params.norm[0];
+    if (!(fabsf(norm) < INFINITY)) {
+        for (int i = threadIdx.x; i < p.count; i += kThreads) p.grad[i] = 0.0f;
+        return;
+    }
+    const AdamWConstants c = constants_of(params, norm, p.weight_decay);
+    const bool packs = aligned(p.param) && aligned(p.grad) && aligned(p.m) && aligned(p.v) &&
+                       reinterpret_cast<uintptr_t>(p.rounded) % 8 == 0;
+    if (packs) step_packs(p, c);
+    step_ones(p, c, packs ? p.count / kPack * kPack : 0);
+}
 
+// Sum over the block, in thread 0, in a fixed order.
+template <int Threads>
 __device__ inline double block_sum_f64(double x) {
-    __shared__ double sums[kThreads];
-    sums[threadIdx.x] = x;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    return sums[0];  // in thread 0
-}
-
-template <int N>
-__global__ void __launch_bounds__(kThreads) SquaredParts(const float* x, int64_t count, double* parts) {
-    const int64_t first = blockIdx.x * kPart, last = first + kPart < count ? first + kPart : count;
-    double sum = 0;
-    int64_t i = first + threadIdx.x * N;
-#pragma unroll 4
-    for (; i + N <= last; i += kThreads * N) {
-        const Pack<float, N> v = load_pack<N>(x + i);
+    __shared__ double sums[Threads / kWarp];
 #pragma unroll
-        for (int k = 0; k < N; ++k) sum = fma(double{v.at[k]}, double{v.at[k]}, sum);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    for (int i = 1; threadIdx.x == 0 && i < Threads / kWarp; ++i) x += sums[i];
+    return x;
+}
+
+__global__ void __launch_bounds__(kThreads) SquaredPieces(const AdamWPiece* pieces, double* sums) {
+    const float* x = pieces[blockIdx.x].grad;
+    const int count = pieces[blockIdx.x].count;
+    const int packed = aligned(x) ? count / kPack * kPack : 0;
+    Pack<float, kPack> v[kPacks] = {};
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+        const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * kPack;
+        if (i < packed) v[u] = load_pack<kPack>(x + i);
     }
-    for (; i < last; ++i) sum = fma(double{x[i]}, double{x[i]}, sum);  // the last of a pack
-    sum = block_sum_f64(sum);
-    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
-}
-
-__global__ void __launch_bounds__(kThreads) Total(const double* parts, int64_t count, double* total) {
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += parts[i];
-    sum = block_sum_f64(sum);
-    if (threadIdx.x == 0) *total = sum;
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) sum = fma(double{v[u].at[k]}, double{v[u].at[k]}, sum);
+    }
+    for (int i = packed + static_cast<int>(threadIdx.x); i < count; i += kThreads)
+        sum = fma(double{x[i]}, double{x[i]}, sum);
+    sum = block_sum_f64<kThreads>(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+constexpr int kNormThreads = 1024;
+__global__ void __launch_bounds__(kNormThreads) Norm(const double* sums, int64_t count, float* norm) {
+    double sum = 0;
+#pragma unroll 16
+    for (int64_t i = threadIdx.x; i < count; i += kNormThreads) sum += sums[i];
+    sum = block_sum_f64<kNormThreads>(sum);
+    if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+}
 
 }  // namespace
 
-void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
-                const AdamWConstants& c) {
+void adamw_step(const Exec& ex, const AdamWPiece* pieces, int64_t count, const AdamWOptions& options,
+                const float* rates, const float* norm) {
     if (count == 0) return;
-    const int64_t packs = aligned(param) && aligned(grad) && aligned(m) && aligned(v) ? count / 4 : 0;
-    const unsigned blocks = blocks_for(count - 3 * packs, kThreads);
-    Step<<<blocks, kThreads, 0, stream_of(ex)>>>({count, packs, param, grad, m, v, c});
+    const auto one_minus = [](float beta) { return static_cast<float>(1.0 - static_cast<double>(beta)); };
+    Step<<<static_cast<unsigned>(count), kThreads, 0, stream_of(ex)>>>(
+        {pieces, rates, norm, options.beta1, one_minus(options.beta1), options.beta2,
+         one_minus(options.beta2), options.eps, options.clip});
     check_launch(kOp);
 }
 
-double squared_norm(const Exec& ex, int64_t count, const float* x) {
-    if (count == 0) return 0;
-    const int64_t blocks = (count + kPart - 1) / kPart;
-    const Scratch<double> parts(ex, static_cast<size_t>(blocks + 1));
-    if (aligned(x)) {
-        SquaredParts<4>
-            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_of(ex)>>>(x, count, parts.data());
-    } else {
-        SquaredParts<1>
-            <<<static_cast<unsigned>(blocks), kThreads, 0, stream_of(ex)>>>(x, count, parts.data());
+void gradient_norm(const Exec& ex, const AdamWPiece* pieces, int64_t count, float* norm) {
+    const Scratch<double> sums(ex, static_cast<size_t>(count));
+    if (count > 0) {
+        SquaredPieces<<<static_cast<unsigned>(count), kThreads, 0, stream_of(ex)>>>(pieces, sums.data());
+        check_launch(kOp);
     }
+    Norm<<<1, kNormThreads, 0, stream_of(ex)>>>(sums.data(), count, norm);
     check_launch(kOp);
-    Total<<<1, kThreads, 0, stream_of(ex)>>>(parts.data(), blocks, parts.data() + blocks);
-    check_launch(kOp);
-    double total = 0;
-    ex.allocator->copy_out(&total, parts.data() + blocks, sizeof(total));
-    return total;
 }
 
 }  // namespace ssm::cuda

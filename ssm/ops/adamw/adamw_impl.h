@@ -8,17 +8,27 @@ namespace ssm {
 // The step with its constants folded:
 //   m = beta1 m + g1 grad,  v = beta2 v + g2 grad^2,  p = decay p - rate m / (sqrt(v) inv_bias2 + eps)
 struct AdamWConstants {
-    float beta1, g1;  // g1 = (1 - beta1) grad_scale
-    float beta2, g2;  // g2 = (1 - beta2) grad_scale^2
+    float beta1, g1;  // g1 = (1 - beta1) scale, scale = min(1, clip / norm)
+    float beta2, g2;  // g2 = (1 - beta2) scale^2
     float decay;      // 1 - lr weight_decay
-    float rate;       // lr / (1 - beta1^step)
-    float inv_bias2;  // 1 / sqrt(1 - beta2^step)
+    float rate;       // lr / bias1
+    float inv_bias2;  // 1 / sqrt(bias2)
     float eps;
+};
+
+// A piece of a parameter, what a block of a GPU's kernels takes: at most kAdamWPiece elements.
+inline constexpr int64_t kAdamWPiece = 4096;
+struct alignas(16) AdamWPiece {
+    float *param, *grad, *m, *v;
+    bf16* rounded;  // or null
+    int32_t count;
+    float weight_decay;
 };
 
 namespace cpu {
 
-void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
+// One parameter; `rounded` may be null. Sets grad to zero.
+void adamw_step(const Exec& ex, int64_t count, float* param, float* grad, float* m, float* v, bf16* rounded,
                 const AdamWConstants& c);
 
 double squared_norm(const Exec& ex, int64_t count, const float* x);
@@ -27,10 +37,10 @@ double squared_norm(const Exec& ex, int64_t count, const float* x);
 
 namespace cuda {
 
-void adamw_step(const Exec& ex, int64_t count, float* param, const float* grad, float* m, float* v,
-                const AdamWConstants& c);
+void adamw_step(const Exec& ex, const AdamWPiece* pieces, int64_t count, const AdamWOptions& options,
+                const float* rates, const float* norm);
 
-double squared_norm(const Exec& ex, int64_t count, const float* x);
+void gradient_norm(const Exec& ex, const AdamWPiece* pieces, int64_t count, float* norm);
 
 }  // namespace cuda
 }  // namespace ssm

@@ -45,8 +45,8 @@ void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y
 }
 
 template <class T>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const T, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad) {
     check_inputs(ex, in);
     const auto state = check_sequences(in);
     require_shape(kOp, "grad_y", "t d", grad_y, in.x.shape);
@@ -60,7 +60,11 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
         if (ex.device == Device::cuda)
             return cuda::causal_conv1d_backward(ex, in, grad_y, grad_final_state, grad);
     }
-    cpu::causal_conv1d_backward(ex, in, grad_y, grad_final_state, grad);
+    if constexpr (std::is_same_v<T, float>) {
+        cpu::causal_conv1d_backward(ex, in, grad_y, grad_final_state, grad);
+    } else {
+        fail(ErrorCode::unsupported, kOp, "gradients of bf16 activations need a GPU");
+    }
 }
 
 template <class T>
@@ -78,9 +82,9 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
 template void causal_conv1d(const Exec&, const CausalConv1dInputs<float>&, View<float, 2>, View<float, 3>);
 template void causal_conv1d(const Exec&, const CausalConv1dInputs<bf16>&, View<bf16, 2>, View<bf16, 3>);
 template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<float>&, View<const float, 2>,
-                                     View<const float, 3>, const CausalConv1dGradients&);
-template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<bf16>&, View<const float, 2>,
-                                     View<const float, 3>, const CausalConv1dGradients&);
+                                     View<const float, 3>, const CausalConv1dGradients<float>&);
+template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<bf16>&, View<const bf16, 2>,
+                                     View<const float, 3>, const CausalConv1dGradients<bf16>&);
 template void causal_conv1d_step(const Exec&, const CausalConv1dInputs<float>&, View<float, 3>,
                                  View<float, 2>);
 template void causal_conv1d_step(const Exec&, const CausalConv1dInputs<bf16>&, View<bf16, 3>, View<bf16, 2>);

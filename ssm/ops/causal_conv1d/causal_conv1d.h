@@ -36,20 +36,22 @@ struct CausalConv1dInputs {
 template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
 
-// Gradients, all f32, all added to (x: unless `set_x` asks for it to be written); absent ones are not
-// computed.
+// Gradients: of x of x's type, the others f32. All are added to (x: unless `set_x` asks for it to be written;
+// bf16 is added in f32 and rounded); absent ones are not computed.
+template <class T>
 struct CausalConv1dGradients {
-    View<float, 2> x, weight;
+    View<T, 2> x;
+    View<float, 2> weight;
     View<float, 1> bias;
     View<float, 3> initial_state;
     bool set_x = false;
 };
 
-// The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
-// absent.
+// The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent. T
+// is f32, on a GPU bf16 too.
 template <class T>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad);
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const T, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad);
 
 // One token of each of s sequences: in.x is [s d]; in.cu_seqlens and in.initial_state are ignored. `state`
 // [s k-1 d] is shifted in place.

@@ -13,9 +13,9 @@ constexpr int kHalo = kTaps - 1;
 template <class T>
 struct BackwardParams {
     ConvInputs<T> in;
-    View<const float, 2> grad_y;
+    View<const T, 2> grad_y;
     View<const float, 3> grad_final_state;
-    CausalConv1dGradients grad;
+    CausalConv1dGradients<T> grad;
     float* partial;  // [blocks taps+1 d], the bias last; or null
     int64_t run;     // tokens of a thread
 };
@@ -39,23 +39,21 @@ __device__ inline void put_grad_x(const BackwardParams<T>& p, const Segment& seg
 #pragma unroll
         for (int n = 0; n < N; ++n) v.at[n] += more.at[n];
     }
-    float* out = p.grad.x.data + token * p.grad.x.stride + channel;
+    T* out = p.grad.x.data + token * p.grad.x.stride + channel;
     if (!p.grad.set_x) {
-        const Pack<float, N> old = load_pack<N>(out);
+        const Pack<float, N> old = load_floats<N>(out);
 #pragma unroll
         for (int n = 0; n < N; ++n) v.at[n] += old.at[n];
     }
-    store_pack(out, v);
+    store_floats(out, v);
 }
 
 // Rows of x and grad_y from a token on, read before they are worked on; zero from `seen` on.
 template <class T, int N>
 struct Rows {
-    static constexpr int kBlock = 2;  // more would not fit into registers
-    const T* x;
-    const float* grad_y;
-    Raw<T, N> next_x[kBlock];
-    Pack<float, N> next_grad[kBlock];
+    static constexpr int kBlock = sizeof(T) == 4 ? 2 : 4;  // more would not fit into registers
+    const T *x, *grad_y;
+    Raw<T, N> next_x[kBlock], next_grad[kBlock];
 
     __device__ void load(const BackwardParams<T>& p, int count) {
 #pragma unroll
@@ -63,7 +61,7 @@ struct Rows {
             next_x[j] = {};
             next_grad[j] = {};
             if (j < count) next_x[j] = load_raw<N>(x);
-            if (j < count) next_grad[j] = load_pack<N>(grad_y);
+            if (j < count) next_grad[j] = load_raw<N>(grad_y);
             x += p.in.x.stride;
             grad_y += p.grad_y.stride;
         }
@@ -89,12 +87,11 @@ __device__ inline void backward_run(const BackwardParams<T>& p, const Filter<N>&
 #pragma unroll
     for (int j = 0; j < kHalo; ++j) inputs[j + 1] = load_input<N>(p.in, segment, first - kHalo + j, channel);
     for (int begin = 0; begin < own + kHalo; begin += R::kBlock) {
-        Raw<T, N> x[R::kBlock];
-        Pack<float, N> grad[R::kBlock];
+        Raw<T, N> x[R::kBlock], grads[R::kBlock];
 #pragma unroll
         for (int j = 0; j < R::kBlock; ++j) {
             x[j] = rows.next_x[j];
-            grad[j] = rows.next_grad[j];
+            grads[j] = rows.next_grad[j];
         }
         rows.load(p, seen - begin - R::kBlock);
 #pragma unroll
@@ -103,9 +100,10 @@ __device__ inline void backward_run(const BackwardParams<T>& p, const Filter<N>&
 #pragma unroll
             for (int i = 0; i < kHalo; ++i) inputs[i] = inputs[i + 1];
             inputs[kHalo] = to_floats<T, N>(x[j]);
+            const Pack<float, N> grad = to_floats<T, N>(grads[j]);
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const float g = grad[j].at[n] * slope(filter.sum(inputs, n), p.in.silu);
+                const float g = grad.at[n] * slope(filter.sum(inputs, n), p.in.silu);
                 const float counted = begin + j < own ? g : 0.0f;
 #pragma unroll
                 for (int i = 0; i < kTaps; ++i) sums.at[i][n] = fmaf(counted, inputs[i].at[n], sums.at[i][n]);
@@ -168,7 +166,7 @@ __device__ inline float grad_sum(const BackwardParams<T>& p, const Segment& segm
     float v = p.in.bias.data != nullptr ? p.in.bias.data[channel * p.in.bias.stride] : 0.0f;
     for (int64_t j = 0; j < k; ++j)
         v = fmaf(weight[j], load_input<1>(p.in, segment, token - k + 1 + j, channel).at[0], v);
-    return p.grad_y.data[token * p.grad_y.stride + channel] * slope(v, p.in.silu);
+    return to_float(p.grad_y.data[token * p.grad_y.stride + channel]) * slope(v, p.in.silu);
 }
 
 // A thread per channel of a sequence: positions before its start, oldest first.
@@ -269,8 +267,8 @@ void backward_plain(const Exec& ex, const BackwardParams<T>& p, int64_t blocks) 
 }  // namespace
 
 template <class T>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const T, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad) {
     constexpr int N = 4;
     const int64_t t = in.x.shape[0], d = in.x.shape[1], k = in.weight.shape[1];
     const SequencesOnDevice sequences(ex, in.cu_seqlens);
@@ -306,8 +304,8 @@ void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, Vie
 }
 
 template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<float>&, View<const float, 2>,
-                                     View<const float, 3>, const CausalConv1dGradients&);
-template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<bf16>&, View<const float, 2>,
-                                     View<const float, 3>, const CausalConv1dGradients&);
+                                     View<const float, 3>, const CausalConv1dGradients<float>&);
+template void causal_conv1d_backward(const Exec&, const CausalConv1dInputs<bf16>&, View<const bf16, 2>,
+                                     View<const float, 3>, const CausalConv1dGradients<bf16>&);
 
 }  // namespace ssm::cuda

@@ -100,7 +100,7 @@ void backward(benchmark::State& state, T, const Shape& shape) {
     const double rate = data.copy_rate(ex);
     causal_conv1d(ex, data.in, data.out(), data.state_view());
     data.verify();
-    CausalConv1dGradients grad;
+    CausalConv1dGradients<float> grad;
     grad.x = {data.gx.data(), {data.t, shape.d}}, grad.weight = {data.gweight.data(), {shape.d, shape.k}};
     grad.bias = {data.gbias.data(), {shape.d}};
     const View<const float, 2> grad_y(data.grad_y.data(), {data.t, shape.d});

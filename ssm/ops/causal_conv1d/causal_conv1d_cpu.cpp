@@ -169,12 +169,12 @@ struct BlockMemory {
 //   grad_x[p] = sum_j weight[j] g[p+k-1-j],   grad_weight[j] = sum_p g[p] x[p-k+1+j],   grad_bias = sum_p
 //   g[p]
 // kK is the width k where it is known at compile time, else 0.
-template <class T, int64_t kK, class Lanes>
+template <int64_t kK, class Lanes>
 struct BlockBackward {
-    const Rows<T>& rows;
+    const Rows<float>& rows;
     View<const float, 2> grad_y;
     View<const float, 3> grad_final_state;
-    const CausalConv1dGradients& grad;
+    const CausalConv1dGradients<float>& grad;
     int64_t c;
     Lanes lanes;
     const BlockMemory& memory;
@@ -307,10 +307,9 @@ struct BlockBackward {
     }
 };
 
-template <class T>
-void Gradients(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-               View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
-    const Rows<T> rows(in);
+void Gradients(const Exec& ex, const CausalConv1dInputs<float>& in, View<const float, 2> grad_y,
+               View<const float, 3> grad_final_state, const CausalConv1dGradients<float>& grad) {
+    const Rows<float> rows(in);
     const int64_t d = in.x.shape[1], k = in.weight.shape[1];
     // Channels over threads; in each, tiles of time through all blocks, so that rows are read along.
     parallel_for(ex, (d + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
@@ -319,8 +318,8 @@ void Gradients(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float
             for (int64_t b = begin; b < end; ++b) {
                 const BlockMemory memory(scratch.data() + (b - begin) * BlockMemory::size(k), k);
                 auto run = [&]<int64_t kK>(std::integral_constant<int64_t, kK>, auto lanes) {
-                    f(BlockBackward<T, kK, decltype(lanes)>{rows, grad_y, grad_final_state, grad, b * kLanes,
-                                                            lanes, memory});
+                    f(BlockBackward<kK, decltype(lanes)>{rows, grad_y, grad_final_state, grad, b * kLanes,
+                                                         lanes, memory});
                 };
                 if ((b + 1) * kLanes > d) {
                     run(std::integral_constant<int64_t, 0>(), SomeLanes{d - b * kLanes});
@@ -393,14 +392,6 @@ void SequenceBf16(const Exec& ex, const CausalConv1dInputs<bf16>& in, View<bf16,
                   View<bf16, 3> final_state) {
     Sequence(ex, in, y, final_state);
 }
-void GradientsF32(const Exec& ex, const CausalConv1dInputs<float>& in, View<const float, 2> grad_y,
-                  View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
-    Gradients(ex, in, grad_y, grad_final_state, grad);
-}
-void GradientsBf16(const Exec& ex, const CausalConv1dInputs<bf16>& in, View<const float, 2> grad_y,
-                   View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
-    Gradients(ex, in, grad_y, grad_final_state, grad);
-}
 void StepF32(const Exec& ex, const CausalConv1dInputs<float>& in, View<float, 3> state, View<float, 2> y) {
     Step(ex, in, state, y);
 }
@@ -416,8 +407,7 @@ HWY_AFTER_NAMESPACE();
 namespace ssm {
 HWY_EXPORT(SequenceF32);
 HWY_EXPORT(SequenceBf16);
-HWY_EXPORT(GradientsF32);
-HWY_EXPORT(GradientsBf16);
+HWY_EXPORT(Gradients);
 HWY_EXPORT(StepF32);
 HWY_EXPORT(StepBf16);
 
@@ -435,13 +425,8 @@ void causal_conv1d(const Exec& ex, const CausalConv1dInputs<bf16>& in, View<bf16
 }
 template <>
 void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<float>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
-    HWY_DYNAMIC_DISPATCH(GradientsF32)(ex, in, grad_y, grad_final_state, grad);
-}
-template <>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<bf16>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad) {
-    HWY_DYNAMIC_DISPATCH(GradientsBf16)(ex, in, grad_y, grad_final_state, grad);
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<float>& grad) {
+    HWY_DYNAMIC_DISPATCH(Gradients)(ex, in, grad_y, grad_final_state, grad);
 }
 template <>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<float>& in, View<float, 3> state,

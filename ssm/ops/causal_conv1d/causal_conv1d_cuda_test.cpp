@@ -120,32 +120,43 @@ void check_forward(const Case& c) {
     test::expect_close(test::from_device<T>(state), reference.final_state, 0, "final_state");
 }
 
+// The CPU has gradients of f32 alone: it gets what bf16 says, in f32.
 template <class T>
 void check_backward(const Case& c, bool set_x) {
     const Arguments<T> a(c);
-    auto filled = [](int64_t n, float v) {
-        std::vector<float> r(static_cast<size_t>(n), v);
+    const auto filled = []<class U>(int64_t n, U v) {
+        std::vector<U> r(static_cast<size_t>(n), v);
         r.reserve(1);
         return r;
     };
     const Exec& ex = test::cuda_exec();
     constexpr float kStart = test::kGradientStart;
-    const auto grad_y = test::Random(5).vector(c.t() * c.width() + 1),
-               grad_state = test::Random(6).vector(c.s() * (c.k - 1) * c.d);
-    auto x = filled(c.t() * c.width(), kStart), weight = filled(c.d * c.k, kStart),
-         bias = filled(c.d, kStart), state = filled(c.s() * (c.k - 1) * c.d, kStart);
-    const Tensor x_there = test::on_device(x, {c.t(), c.width()}),
+    const int64_t rows = c.t() * c.width(), taps = c.s() * (c.k - 1) * c.d;
+    const auto grad_y = test::Random(5).vector<T>(rows + 1);
+    const auto grad_state = test::Random(6).vector(taps);
+    const std::vector<float> wide_x(a.x.begin(), a.x.end()), wide_state(a.state.begin(), a.state.end()),
+        wide_grad_y(grad_y.begin(), grad_y.end());
+    auto x = filled(rows, kStart), weight = filled(c.d * c.k, kStart), bias = filled(c.d, kStart),
+         state = filled(taps, kStart);
+    const Tensor x_there = test::on_device(filled(rows, static_cast<T>(kStart)), {c.t(), c.width()}),
                  weight_there = test::on_device(weight, {c.d, c.k}),
                  bias_there = test::on_device(bias, {c.d}),
                  state_there = test::on_device(state, {c.s(), c.k - 1, c.d}),
                  grad_state_there = test::on_device(grad_state, {c.s(), c.k - 1, c.d}),
-                 grad_y_there = test::on_device(std::vector<float>(grad_y.begin(), grad_y.end() - 1),
-                                                {c.t(), c.width()});
-    CausalConv1dGradients here{
+                 grad_y_there =
+                     test::on_device(std::vector<T>(grad_y.begin(), grad_y.end() - 1), {c.t(), c.width()});
+    CausalConv1dGradients<float> here{
         {x.data() + c.offset, {c.t(), c.d}, c.width()}, {weight.data(), {c.d, c.k}}, {}, {}, set_x};
-    CausalConv1dGradients there{
-        a.template rows<float>(x_there), weight_there.view<float, 2>(), {}, {}, set_x};
+    CausalConv1dGradients<T> there{a.template rows<T>(x_there), weight_there.view<float, 2>(), {}, {}, set_x};
     View<const float, 3> final_here, final_there;
+    const CausalConv1dInputs<T> in = a.here();
+    CausalConv1dInputs<float> wide{{wide_x.data() + c.offset, in.x.shape, in.x.stride},
+                                   in.weight,
+                                   in.bias,
+                                   in.cu_seqlens,
+                                   {},
+                                   in.activation};
+    if (in.initial_state) wide.initial_state = {wide_state.data(), in.initial_state.shape};
     if (c.bias) here.bias = {bias.data(), {c.d}}, there.bias = bias_there.view<float, 1>();
     if (c.states && c.k > 1) {
         here.initial_state = {state.data(), {c.s(), c.k - 1, c.d}},
@@ -153,10 +164,11 @@ void check_backward(const Case& c, bool set_x) {
         final_here = {grad_state.data(), {c.s(), c.k - 1, c.d}},
         final_there = grad_state_there.view<const float, 3>();
     }
-    causal_conv1d_backward<T>(make_cpu_exec(2), a.here(), {grad_y.data() + c.offset, {c.t(), c.d}, c.width()},
-                              final_here, here);
-    causal_conv1d_backward<T>(ex, a.there(), a.template rows<const float>(grad_y_there), final_there, there);
-    test::expect_close(test::from_device<float>(x_there), x, 2e-6, "grad x");
+    causal_conv1d_backward<float>(make_cpu_exec(2), wide,
+                                  {wide_grad_y.data() + c.offset, {c.t(), c.d}, c.width()}, final_here, here);
+    causal_conv1d_backward<T>(ex, a.there(), a.template rows<const T>(grad_y_there), final_there, there);
+    test::expect_close(test::from_device<T>(x_there), test::to_double(x), sizeof(T) == 2 ? 4e-3 : 2e-6,
+                       "grad x");
     test::expect_close(test::from_device<float>(weight_there), weight, 1e-5, "grad weight");
     test::expect_close(test::from_device<float>(bias_there), bias, 1e-5, "grad bias");
     test::expect_close(test::from_device<float>(state_there), state, 2e-6, "grad initial_state");

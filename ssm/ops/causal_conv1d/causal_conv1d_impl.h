@@ -5,14 +5,15 @@
 #include "ssm/ops/causal_conv1d/causal_conv1d.h"
 
 namespace ssm {
+// T = float alone goes backward on the CPU.
 namespace cpu {
 
 template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
 
 template <class T>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad);
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const T, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad);
 
 template <class T>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y);
@@ -25,8 +26,8 @@ template <class T>
 void causal_conv1d(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 2> y, View<T, 3> final_state);
 
 template <class T>
-void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const float, 2> grad_y,
-                            View<const float, 3> grad_final_state, const CausalConv1dGradients& grad);
+void causal_conv1d_backward(const Exec& ex, const CausalConv1dInputs<T>& in, View<const T, 2> grad_y,
+                            View<const float, 3> grad_final_state, const CausalConv1dGradients<T>& grad);
 
 template <class T>
 void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T, 3> state, View<T, 2> y);

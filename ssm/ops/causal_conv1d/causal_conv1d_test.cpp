@@ -167,15 +167,14 @@ TYPED_TEST(CausalConv1d, StepsFoldToSequence) {
     }
 }
 
-template <class T>
-std::map<std::string, std::vector<float>> gradients(const Problem<T>& p, const std::vector<float>& grad_y,
+std::map<std::string, std::vector<float>> gradients(const Problem<float>& p, const std::vector<float>& grad_y,
                                                     const std::vector<float>& grad_final, int threads,
                                                     bool set_x = false) {
     std::map<std::string, std::vector<float>> v;
     auto start = [&v](const char* name, int64_t size) {
         return (v[name] = std::vector<float>(static_cast<size_t>(size) + 1, test::kGradientStart)).data();
     };
-    CausalConv1dGradients grad{.set_x = set_x};
+    CausalConv1dGradients<float> grad{.set_x = set_x};
     grad.x = {start("x", p.t * (p.d + p.pad)), {p.t, p.d}, p.d + p.pad};
     grad.weight = {start("weight", p.d * (p.k + p.pad)), {p.d, p.k}, p.k + p.pad};
     if (p.flags.bias) grad.bias = {start("bias", p.d), {p.d}};
@@ -193,8 +192,7 @@ std::map<std::string, std::vector<float>> gradients(const Problem<T>& p, const s
     return v;
 }
 
-template <class T>
-void check_gradients(const Problem<T>& p, int threads = 1) {
+void check_gradients(const Problem<float>& p, int threads = 1) {
     SCOPED_TRACE(testing::Message() << "d " << p.d << " k " << p.k << " t " << p.t);
     Random random(7);
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * (p.k - 1) * p.d + 1);
@@ -212,19 +210,19 @@ void check_gradients(const Problem<T>& p, int threads = 1) {
     }
 }
 
-TYPED_TEST(CausalConv1d, GradientsMatchFiniteDifferences) {
-    for (int64_t k : {1, 2, 3, 4, 8}) check_gradients(Problem<TypeParam>(5, k, {0, 1, 6, 2, 0, 3}, 2), 2);
-    check_gradients(Problem<TypeParam>(18, 4, {5}));
-    check_gradients(Problem<TypeParam>(2, 4, {64, 65, 70, 63}), 1);
-    check_gradients(Problem<TypeParam>(16, 4, {66}));  // the width known at compile time
+TEST(CausalConv1dGradient, GradientsMatchFiniteDifferences) {
+    for (int64_t k : {1, 2, 3, 4, 8}) check_gradients(Problem<float>(5, k, {0, 1, 6, 2, 0, 3}, 2), 2);
+    check_gradients(Problem<float>(18, 4, {5}));
+    check_gradients(Problem<float>(2, 4, {64, 65, 70, 63}), 1);
+    check_gradients(Problem<float>(16, 4, {66}));  // the width known at compile time
     for (int bits = 0; bits < 8; ++bits) {
         check_gradients(
-            Problem<TypeParam>(16, 4, {4, 2}, 0, {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}));
+            Problem<float>(16, 4, {4, 2}, 0, {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}));
     }
 }
 
-TYPED_TEST(CausalConv1d, GradientsDoNotDependOnThreads) {
-    const Problem<TypeParam> p(100, 4, {70, 0, 90});
+TEST(CausalConv1dGradient, GradientsDoNotDependOnThreads) {
+    const Problem<float> p(100, 4, {70, 0, 90});
     Random random(9);
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * 3 * p.d);
     for (int threads : {2, 3}) {
@@ -233,9 +231,9 @@ TYPED_TEST(CausalConv1d, GradientsDoNotDependOnThreads) {
 }
 
 // With set_x what the buffer held is lost.
-TYPED_TEST(CausalConv1d, GradientOfXIsSetWhereAsked) {
+TEST(CausalConv1dGradient, GradientOfXIsSetWhereAsked) {
     for (const int64_t k : {3, 4}) {
-        const Problem<TypeParam> p(20, k, {0, 1, 6, 40}, 2);
+        const Problem<float> p(20, k, {0, 1, 6, 40}, 2);
         Random random(9);
         const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * (k - 1) * p.d);
         const auto added = gradients(p, grad_y, grad_final, 2);
@@ -284,10 +282,15 @@ TEST(CausalConv1dErrors, NameTheArgument) {
         causal_conv1d_step(ex, p.inputs(), View<float, 3>(state.data(), {1, 2, 4}), out);
     });
     in = p.inputs(), in.bias = {};
-    CausalConv1dGradients grad;
+    CausalConv1dGradients<float> grad;
     grad.bias = {state.data(), {4}};
     expect_error("[causal_conv1d] `grad.bias` is given but `bias` is absent", [&] {
         causal_conv1d_backward(ex, in, View<const float, 2>(y.data(), {3, 4}), {}, grad);
+    });
+    const Problem<bf16> rounded(4, 3, {3});
+    const std::vector<bf16> grad_y(12);
+    expect_error("[causal_conv1d] gradients of bf16 activations need a GPU", [&] {
+        causal_conv1d_backward<bf16>(ex, rounded.inputs(), {grad_y.data(), {3, 4}}, {}, {});
     });
 }
 

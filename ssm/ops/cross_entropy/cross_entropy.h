@@ -7,7 +7,7 @@
 // Shapes     hidden: [t e]   weight: [v e] (linear.h's types)   targets: [t]   nll, grad_nll: [t] f32.
 // Numerics   logsumexp in f32 with the maximum subtracted; rel. L2 error vs f64 <= 1e-5 (f32).
 // Cost       2 t e v FLOP forward; 6 t e v with gradients. Compute bound. Extra memory: one tile, <= 32 MiB.
-// On a GPU <= 1 GiB and, with ex.matmul == bf16, half of that again and bf16 copies of hidden and weight.
+// On a GPU <= 512 MiB and copies of what must be rounded: hidden or weight in f32 when the products are bf16.
 #pragma once
 
 #include "ssm/core/exec.h"
@@ -20,12 +20,17 @@ namespace ssm {
 void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
                           View<const int32_t, 1> targets, View<float, 1> nll);
 
-// nll, and the gradients of sum_t grad_nll[t] nll[t] added to grad_hidden [t e] and grad_weight [v e] (either
-// may be absent). One pass: the logits of a tile serve the loss and both gradients. Training, so hidden and
-// weight are f32.
-void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, View<const float, 2> weight,
+// nll, and the gradients of sum_t grad_nll[t] nll[t] added to grad_hidden [t e] (written, with set_hidden)
+// and grad_weight [v e]; either may be absent. One pass: the logits of a tile serve the loss and both
+// gradients. Types: grad_hidden has hidden's, grad_weight is f32. On the CPU all are f32. On a GPU hidden and
+// weight are f32 or bf16, in any mix; the products are bf16 when the weight is or ex.matmul says so, the
+// logits and the softmax f32.
+void linear_cross_entropy_backward(const Exec& ex, const Tensor& hidden, const Tensor& weight,
                                    View<const int32_t, 1> targets, View<const float, 1> grad_nll,
-                                   View<float, 1> nll, View<float, 2> grad_hidden,
-                                   View<float, 2> grad_weight);
+                                   View<float, 1> nll, const Tensor& grad_hidden, View<float, 2> grad_weight,
+                                   bool set_hidden = false);
+
+// mean[0] = the sum of nll, in f64 and a fixed order, over `counted`; where nll lies, without a wait.
+void mean_nll(const Exec& ex, View<const float, 1> nll, double counted, View<float, 1> mean);
 
 }  // namespace ssm

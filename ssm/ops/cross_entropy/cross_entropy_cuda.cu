@@ -1,6 +1,6 @@
 // The loss of a linear head on a GPU: a tile of logits by cuBLASLt in f32, a pass over its rows that leaves
-// the gradient in place (f32) or beside it (bf16, what the next products read), and the two gradients'
-// products.
+// the gradient in its place (in f32, or in bf16, what the next products read, over the first half of a row),
+// and the two gradients' products.
 #include <algorithm>
 #include <optional>
 
@@ -22,9 +22,8 @@ constexpr int kThreadsShort = 128, kThreadsLong = 1024;
 constexpr int64_t kShortRow = 4096;
 
 struct Params {
-    int64_t v, stride;       // of logits and gradients; rows are aligned to packs
-    const float* logits;     // [rows v]
-    void* gradients;         // [rows v]
+    int64_t v, stride;       // of logits; rows are aligned to packs
+    float* logits;           // [rows v]; the gradients take their place
     const int32_t* targets;  // [rows]
     const float* grad_nll;   // [rows]
     float* nll;              // [rows]
@@ -93,11 +92,49 @@ __device__ inline Sum sum_row(const float* row, int64_t v) {
     return merge_block<Threads>(sum);
 }
 
+// What the gradient of a row is made of.
+struct RowSlope {
+    float m, scale, g;
+    int64_t target;
+    bool counts;
+};
+
+// The gradients of a row over its logits, which those in f32 simply replace. Those in bf16 take the first
+// half of the row: what an iteration writes has been read in it or before, but by other threads, so the block
+// waits for them. The next logits are read before these gradients are written.
+template <class G, int Threads>
+__device__ inline void write_slopes(const float* row, G* out, int64_t v, const RowSlope& s) {
+    constexpr int kStep = Threads * kPack;
+    Pack<float, kPack> x[kLoads], next[kLoads];
+    const auto load = [&](Pack<float, kPack>* to, int64_t base) {
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) to[u] = load_logits(row, base + u * kStep, v);
+    };
+    load(x, threadIdx.x * kPack);
+    for (int64_t first = 0; first < v; first += kStep * kLoads) {
+        const int64_t base = first + threadIdx.x * kPack;
+        if constexpr (sizeof(G) < sizeof(float)) __syncthreads();
+        load(next, base + kStep * kLoads);
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) {
+            const int64_t j = base + u * kStep;
+            Pack<G, kPack> y;
+#pragma unroll
+            for (int k = 0; k < kPack; ++k) {
+                const float e = s.counts ? __expf(x[u].at[k] - s.m) * s.scale : 0.0f;
+                y.at[k] = from_float<G>(s.counts && j + k == s.target ? e - s.g : e);
+            }
+            if (j < v) store_pack(out + j, y);
+            x[u] = next[u];
+        }
+    }
+}
+
 // G: the gradients' type; void: nll alone.
 template <class G, int Threads>
 __global__ void __launch_bounds__(Threads) Rows(const __grid_constant__ Params p) {
     const int64_t r = blockIdx.x;
-    const float* row = p.logits + r * p.stride;
+    float* row = p.logits + r * p.stride;
     const int64_t target = p.targets[r];
     const bool counts = target >= 0 && target < p.v;
     const float x_target = counts ? row[target] : 0.0f;  // read before it is written over
@@ -107,23 +144,7 @@ __global__ void __launch_bounds__(Threads) Rows(const __grid_constant__ Params p
         p.nll[r] = target < 0 ? 0.0f : !counts || !good ? nanf("") : (sum.m - x_target) + logf(sum.s);
     if constexpr (!std::is_void_v<G>) {
         const float g = p.grad_nll[r], scale = !counts ? 0.0f : good ? g / sum.s : nanf("");
-        G* out = static_cast<G*>(p.gradients) + r * p.stride;
-        for (int64_t base = threadIdx.x * kPack; base < p.v; base += Threads * kPack * kLoads) {
-            Pack<float, kPack> x[kLoads];
-#pragma unroll
-            for (int u = 0; u < kLoads; ++u) x[u] = load_logits(row, base + u * Threads * kPack, p.v);
-#pragma unroll
-            for (int u = 0; u < kLoads; ++u) {
-                const int64_t j = base + u * Threads * kPack;
-                Pack<G, kPack> y;
-#pragma unroll
-                for (int k = 0; k < kPack; ++k) {
-                    const float e = counts ? __expf(x[u].at[k] - sum.m) * scale : 0.0f;
-                    y.at[k] = from_float<G>(counts && j + k == target ? e - g : e);
-                }
-                if (j < p.v) store_pack(out + j, y);
-            }
-        }
+        write_slopes<G, Threads>(row, reinterpret_cast<G*>(row), p.v, {sum.m, scale, g, target, counts});
     }
 }
 
@@ -138,6 +159,21 @@ void rows(const Exec& ex, const Params& p, int64_t count) {
     check_launch(kOp);
 }
 
+// One block: sums of its threads, then over them by halves.
+__global__ void __launch_bounds__(kThreadsLong)
+    Mean(const float* nll, int64_t count, double counted, float* mean) {
+    __shared__ double sums[kThreadsLong];
+    double sum = 0;
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < count; i += kThreadsLong) sum += double{nll[i]};
+    sums[threadIdx.x] = sum;
+    for (int half = kThreadsLong / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) *mean = static_cast<float>(sums[0] / counted);
+}
+
 int64_t padded(int64_t columns) { return (columns + 7) / 8 * 8; }
 
 // Tokens of a tile: tiles of nearly equal size, in whole blocks of a product's rows where there are several.
@@ -149,14 +185,14 @@ int64_t rows_of_tile(int64_t t, int64_t v, int64_t bytes) {
     return tiles > 1 && whole <= most ? whole : even;
 }
 
-// v, or its copy rounded to bf16 with aligned rows.
-Matrix operand(const Exec& ex, View<const float, 2> v, std::optional<Scratch<bf16>>& rounded) {
-    const Matrix m{v.data, DType::f32, v.stride, false};
-    if (ex.matmul != MatmulPrecision::bf16) return m;
-    const int64_t stride = padded(v.shape[1]);
-    rounded.emplace(ex, static_cast<size_t>(v.shape[0] * stride));
-    cuda::convert_rows(ex, v.shape[0], v.shape[1], m, rounded->data(), DType::bf16, stride);
-    return {rounded->data(), DType::bf16, stride, false};
+// m in `dtype`: itself, or a copy with aligned rows held by `storage`.
+Matrix operand(const Exec& ex, const Tensor& m, DType dtype, Tensor& storage) {
+    const Matrix plain{m.raw(), m.dtype(), m.stride(), false};
+    if (m.dtype() == dtype) return plain;
+    const int64_t rows = m.dim(0), columns = m.dim(1), stride = padded(columns);
+    storage = Tensor::empty(ex, {rows, stride}, dtype);
+    cuda::convert_rows(ex, rows, columns, plain, storage.raw(), dtype, stride);
+    return {storage.raw(), dtype, stride, false};
 }
 
 Matrix rows_from(Matrix m, int64_t row) {
@@ -175,60 +211,61 @@ void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeig
     const int64_t t = hidden.dim(0), v = weight.weight().dim(0), stride = padded(v);
     const int64_t tile = rows_of_tile(t, v, tile_bytes);
     const Tensor logits = Tensor::empty(ex, {tile, stride}), real = logits.columns(0, v);
-    const auto* data = logits.view<const float, 2>().data;
+    float* data = logits.view<float, 2>().data;
     for (int64_t at = 0; at < t; at += tile) {
         const int64_t count = std::min(tile, t - at);
         linear(ex, hidden.rows(at, at + count), weight, {}, real.rows(0, count));
-        rows<void>(ex, {v, stride, data, nullptr, targets.data + at, nullptr, nll.data + at}, count);
+        rows<void>(ex, {v, stride, data, targets.data + at, nullptr, nll.data + at}, count);
     }
 }
 
-void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, View<const float, 2> weight,
-                                   View<const int32_t, 1> targets, View<const float, 1> grad_nll,
-                                   View<float, 1> nll, View<float, 2> grad_hidden, View<float, 2> grad_weight,
+void linear_cross_entropy_backward(const Exec& ex, const LinearCrossEntropyBackward& call,
                                    int64_t tile_bytes) {
-    const int64_t t = hidden.shape[0], e = hidden.shape[1], v = weight.shape[0], stride = padded(v);
-    const int64_t tile = rows_of_tile(t, v, tile_bytes);
-    const bool round = ex.matmul == MatmulPrecision::bf16;
-    std::optional<Scratch<bf16>> hidden_copy, weight_copy, rounded;
-    const Matrix h = operand(ex, hidden, hidden_copy), w = operand(ex, weight, weight_copy);
+    const int64_t t = call.hidden.dim(0), e = call.hidden.dim(1), v = call.weight.dim(0);
+    const int64_t stride = padded(v), tile = rows_of_tile(t, v, tile_bytes);
+    const bool round = call.weight.dtype() == DType::bf16 || ex.matmul == MatmulPrecision::bf16;
+    const DType dtype = round ? DType::bf16 : DType::f32;
+    Tensor hidden_copy, weight_copy;
+    const Matrix h = operand(ex, call.hidden, dtype, hidden_copy);
+    const Matrix w = operand(ex, call.weight, dtype, weight_copy);
     const Scratch<float> logits(ex, static_cast<size_t>(tile * stride));
-    if (round) rounded.emplace(ex, static_cast<size_t>(tile * stride));
-    const Matrix g = round ? Matrix{rounded->data(), DType::bf16, stride, false}
-                           : Matrix{logits.data(), DType::f32, stride, false};
+    const Matrix g{logits.data(), dtype, round ? 2 * stride : stride, false};
     for (int64_t at = 0; at < t; at += tile) {
         const int64_t count = std::min(tile, t - at);
         const Matrix x = rows_from(h, at);
         product(
             ex,
             {.m = count, .n = v, .k = e, .a = x, .b = transposed(w), .c = logits.data(), .c_stride = stride});
-        const Params p{v,
-                       stride,
-                       logits.data(),
-                       const_cast<void*>(g.data),
-                       targets.data + at,
-                       grad_nll.data + at,
-                       nll.data + at};
+        const Params p{
+            v, stride, logits.data(), call.targets.data + at, call.grad_nll.data + at, call.nll.data + at};
         round ? rows<bf16>(ex, p, count) : rows<float>(ex, p, count);
-        if (grad_hidden)
+        if (call.grad_hidden) {
+            const Tensor grad = call.grad_hidden.rows(at, at + count);
             product(ex, {.m = count,
                          .n = e,
                          .k = v,
                          .a = g,
                          .b = w,
-                         .c = grad_hidden.row(at),
-                         .c_stride = grad_hidden.stride,
-                         .beta = 1.0f});
-        if (grad_weight)
+                         .c = grad.raw(),
+                         .c_dtype = grad.dtype(),
+                         .c_stride = grad.stride(),
+                         .beta = call.set_hidden ? 0.0f : 1.0f});
+        }
+        if (call.grad_weight)
             product(ex, {.m = v,
                          .n = e,
                          .k = count,
                          .a = transposed(g),
                          .b = x,
-                         .c = grad_weight.data,
-                         .c_stride = grad_weight.stride,
+                         .c = call.grad_weight.data,
+                         .c_stride = call.grad_weight.stride,
                          .beta = 1.0f});
     }
+}
+
+void mean_nll(const Exec& ex, View<const float, 1> nll, double counted, float* mean) {
+    Mean<<<1, kThreadsLong, 0, stream_of(ex)>>>(nll.data, nll.shape[0], counted, mean);
+    check_launch(kOp);
 }
 
 }  // namespace ssm::cuda

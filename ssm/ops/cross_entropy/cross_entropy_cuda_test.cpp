@@ -69,32 +69,59 @@ struct Got {
     std::vector<float> nll, grad_hidden, grad_weight;
 };
 
+// What the operator sees when its inputs are bf16.
+Case rounded(Case c) {
+    for (auto* v : {&c.hidden, &c.weight})
+        for (float& x : *v) x = static_cast<float>(bf16(x));
+    return c;
+}
+
 // `apart`: columns between the rows of everything. tile_bytes 0: through the operator's front.
-Got backward(const Exec& ex, const Case& c, int64_t apart = 0, int64_t tile_bytes = 0,
-             float start = kGradientStart) {
-    const auto spread = [&](const std::vector<float>& v, int64_t rows) {
-        const Tensor wide = on_device(nan_vector(rows * (c.e + apart)), {rows, c.e + apart}, ex);
-        const Tensor inner = wide.columns(0, c.e);
-        inner.copy_from(on_device(v, {rows, c.e}, ex));
-        return inner;
+struct How {
+    int64_t apart = 0, tile_bytes = 0;
+    float start = kGradientStart;
+    DType hidden = DType::f32, weight = DType::f32;
+    bool set_hidden = false;
+};
+
+Got backward(const Exec& ex, const Case& c, const How& how = {}) {
+    const auto spread = [&](const std::vector<float>& v, int64_t rows, DType dtype) {
+        const int64_t width = c.e + how.apart;
+        if (dtype == DType::bf16) {
+            const Tensor wide = on_device(to_bf16(nan_vector(rows * width)), {rows, width}, ex);
+            wide.columns(0, c.e).copy_from(on_device(to_bf16(v), {rows, c.e}, ex));
+            return wide.columns(0, c.e);
+        }
+        const Tensor wide = on_device(nan_vector(rows * width), {rows, width}, ex);
+        wide.columns(0, c.e).copy_from(on_device(v, {rows, c.e}, ex));
+        return wide.columns(0, c.e);
     };
-    const auto started = [&](int64_t n) { return std::vector<float>(static_cast<size_t>(n), start); };
-    const Tensor hidden = spread(c.hidden, c.t), weight = spread(c.weight, c.v),
-                 grad_hidden = spread(started(c.t * c.e), c.t), grad_weight = spread(started(c.v * c.e), c.v),
+    const auto started = [&](int64_t n, bool set) {
+        return set ? nan_vector(n) : std::vector<float>(static_cast<size_t>(n), how.start);
+    };
+    const Tensor hidden = spread(c.hidden, c.t, how.hidden), weight = spread(c.weight, c.v, how.weight),
+                 grad_hidden = spread(started(c.t * c.e, how.set_hidden), c.t, how.hidden),
+                 grad_weight = spread(started(c.v * c.e, false), c.v, DType::f32),
                  targets = on_device(c.targets, {c.t}, ex), grad_nll = on_device(c.grad_nll, {c.t}, ex),
                  nll = on_device(nan_vector(c.t), {c.t}, ex);
-    if (tile_bytes > 0) {
-        cuda::linear_cross_entropy_backward(ex, hidden.view<const float, 2>(), weight.view<const float, 2>(),
-                                            targets.view<const int32_t, 1>(), grad_nll.view<const float, 1>(),
-                                            nll.view<float, 1>(), grad_hidden.view<float, 2>(),
-                                            grad_weight.view<float, 2>(), tile_bytes);
+    const auto ids = targets.view<const int32_t, 1>();
+    const auto g = grad_nll.view<const float, 1>();
+    if (how.tile_bytes > 0) {
+        cuda::linear_cross_entropy_backward(ex,
+                                            {hidden, weight, ids, g, nll.view<float, 1>(), grad_hidden,
+                                             grad_weight.view<float, 2>(), how.set_hidden},
+                                            how.tile_bytes);
     } else {
-        linear_cross_entropy_backward(ex, hidden.view<const float, 2>(), weight.view<const float, 2>(),
-                                      targets.view<const int32_t, 1>(), grad_nll.view<const float, 1>(),
-                                      nll.view<float, 1>(), grad_hidden.view<float, 2>(),
-                                      grad_weight.view<float, 2>());
+        linear_cross_entropy_backward(ex, hidden, weight, ids, g, nll.view<float, 1>(), grad_hidden,
+                                      grad_weight.view<float, 2>(), how.set_hidden);
     }
-    return {from_device<float>(nll), from_device<float>(grad_hidden), from_device<float>(grad_weight)};
+    Got got{from_device<float>(nll), {}, from_device<float>(grad_weight)};
+    if (how.hidden == DType::bf16) {
+        for (const bf16 x : from_device<bf16>(grad_hidden)) got.grad_hidden.push_back(static_cast<float>(x));
+    } else {
+        got.grad_hidden = from_device<float>(grad_hidden);
+    }
+    return got;
 }
 
 const std::vector<std::array<int64_t, 3>> kSizes = {
@@ -133,26 +160,52 @@ TEST(LinearCrossEntropyCuda, MatchesReference) {
     }
 }
 
+void check_gradients(const Case& c, const How& how, MatmulPrecision precision) {
+    SCOPED_TRACE(testing::Message() << "t " << c.t << " e " << c.e << " v " << c.v << " apart " << how.apart
+                                    << " tile " << how.tile_bytes << " hidden " << name_of(how.hidden)
+                                    << " weight " << name_of(how.weight));
+    Exec ex = cuda_exec();
+    ex.matmul = precision;
+    const bool low =
+        precision == MatmulPrecision::bf16 || how.hidden == DType::bf16 || how.weight == DType::bf16;
+    const Got got = backward(ex, c, how);
+    const Result want = reference(low ? rounded(c) : c, how.start);
+    const double tolerance = low ? 2e-2 : 1e-5;
+    expect_close(got.nll, want.nll, low ? 2e-5 : 1e-5, "nll");
+    std::vector<double> want_hidden = want.grad_hidden;
+    for (double& x : want_hidden) x -= how.set_hidden ? static_cast<double>(how.start) : 0.0;
+    expect_close(got.grad_hidden, want_hidden, tolerance, "grad_hidden");
+    expect_close(got.grad_weight, want.grad_weight, tolerance, "grad_weight");
+}
+
 TEST(LinearCrossEntropyCuda, GradientsMatchReference) {
     for (const auto& [t, e, v] : kSizes) {
-        for (const auto precision : {MatmulPrecision::f32, MatmulPrecision::bf16}) {
-            for (const int64_t apart : {0, 3}) {
-                for (const int64_t tile_bytes : {int64_t{0}, 4 * 4 * ((v + 7) / 8 * 8)}) {
-                    SCOPED_TRACE(testing::Message() << "t " << t << " e " << e << " v " << v << " apart "
-                                                    << apart << " tile " << tile_bytes);
-                    Exec ex = cuda_exec();
-                    ex.matmul = precision;
-                    const double tolerance = precision == MatmulPrecision::bf16 ? 2e-2 : 1e-5;
-                    const Case c(t, e, v);
-                    const float start = apart > 0 ? kGradientStart : 0.0f;  // 0: small gradients show
-                    const Got got = backward(ex, c, apart, tile_bytes, start);
-                    const Result want = reference(c, start);
-                    expect_close(got.nll, want.nll, tolerance, "nll");
-                    expect_close(got.grad_hidden, want.grad_hidden, tolerance, "grad_hidden");
-                    expect_close(got.grad_weight, want.grad_weight, tolerance, "grad_weight");
-                }
+        const Case c(t, e, v);
+        const int64_t tile = 4 * 4 * ((v + 7) / 8 * 8);  // tiles of 4 tokens
+        for (const int64_t apart : {0, 3, 8}) {
+            const float start = apart > 0 ? kGradientStart : 0.0f;  // 0: small gradients show
+            for (const int64_t tile_bytes : {int64_t{0}, tile}) {
+                How how{.apart = apart, .tile_bytes = tile_bytes, .start = start, .set_hidden = apart == 8};
+                check_gradients(c, how, MatmulPrecision::f32);
+                check_gradients(c, how, MatmulPrecision::bf16);
+                how.hidden = DType::bf16;
+                if (apart == 3) check_gradients(rounded(c), how, MatmulPrecision::f32);
+                how.weight = DType::bf16;
+                check_gradients(c, how, MatmulPrecision::f32);
             }
         }
+    }
+}
+
+TEST(MeanNllCuda, MatchesF64) {
+    for (const int64_t t : {0, 1, 31, 1023, 1025, 40000}) {
+        const auto nll = Random(2).vector(t, 0.0f, 20.0f);
+        double sum = 0;
+        for (const float x : nll) sum += static_cast<double>(x);
+        const Tensor there = on_device(nll, {t}), mean = on_device(nan_vector(1), {1});
+        mean_nll(cuda_exec(), t > 0 ? there.view<const float, 1>() : View<const float, 1>(), 7.0,
+                 mean.view<float, 1>());
+        EXPECT_NEAR(mean.item(), static_cast<float>(sum / 7.0), 1e-7 * sum) << t;
     }
 }
 
@@ -160,7 +213,8 @@ TEST(LinearCrossEntropyCuda, GradientsMatchReference) {
 TEST(LinearCrossEntropyCuda, ManyTilesMatchTheCpu) {
     const Case c(700, 16, 200);
     const Exec cpu = make_cpu_exec(2);
-    const Got want = backward(cpu, c, 0, 0, 0.0f), got = backward(cuda_exec(), c, 0, 300 * 4 * 200, 0.0f);
+    const Got want = backward(cpu, c, {.start = 0.0f}),
+              got = backward(cuda_exec(), c, {.tile_bytes = 300 * 4 * 200, .start = 0.0f});
     expect_close(got.nll, want.nll, 1e-5, "nll");
     expect_close(got.grad_hidden, want.grad_hidden, 1e-5, "grad_hidden");
     expect_close(got.grad_weight, want.grad_weight, 1e-5, "grad_weight");
@@ -169,7 +223,7 @@ TEST(LinearCrossEntropyCuda, ManyTilesMatchTheCpu) {
 // Logits far apart: e^(x - max) underflows, nothing overflows; and a small loss keeps its digits.
 TEST(LinearCrossEntropyCuda, LargeLogits) {
     const Case c(20, 3, 5000, 400.0f);
-    const Got got = backward(cuda_exec(), c, 0, 0, 0.0f);
+    const Got got = backward(cuda_exec(), c, {.start = 0.0f});
     const Result want = reference(c, 0.0f);
     expect_close(got.nll, want.nll, 1e-5, "nll");
     expect_close(got.grad_weight, want.grad_weight, 1e-4, "grad_weight");

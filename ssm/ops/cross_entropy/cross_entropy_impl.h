@@ -32,15 +32,25 @@ int64_t tile_rows(int64_t t, int64_t v);
 // Arguments are checked, but for targets: those are in device memory.
 namespace ssm::cuda {
 
-// f32 logits of one tile. Large: the weight's gradient is read and written once for each tile.
-inline constexpr int64_t kTileBytes = int64_t{1024} << 20;
+// f32 logits of one tile; their gradients take the same memory. Large: the weight's gradient is read and
+// written once for each tile.
+inline constexpr int64_t kTileBytes = int64_t{512} << 20;
 
 void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
                           View<const int32_t, 1> targets, View<float, 1> nll,
                           int64_t tile_bytes = kTileBytes);
-void linear_cross_entropy_backward(const Exec& ex, View<const float, 2> hidden, View<const float, 2> weight,
-                                   View<const int32_t, 1> targets, View<const float, 1> grad_nll,
-                                   View<float, 1> nll, View<float, 2> grad_hidden, View<float, 2> grad_weight,
+
+struct LinearCrossEntropyBackward {
+    Tensor hidden, weight;
+    View<const int32_t, 1> targets;
+    View<const float, 1> grad_nll;
+    View<float, 1> nll;
+    Tensor grad_hidden;
+    View<float, 2> grad_weight;
+    bool set_hidden = false;
+};
+void linear_cross_entropy_backward(const Exec& ex, const LinearCrossEntropyBackward& call,
                                    int64_t tile_bytes = kTileBytes);
+void mean_nll(const Exec& ex, View<const float, 1> nll, double counted, float* mean);
 
 }  // namespace ssm::cuda

@@ -49,6 +49,9 @@ View<const int32_t, 1> view_of(const std::vector<int32_t>& v) {
 View<const float, 1> view_of(const std::vector<float>& v) {
     return {v.data(), {static_cast<int64_t>(v.size())}};
 }
+Tensor borrowed(const std::vector<float>& v, int64_t rows, int64_t columns) {
+    return Tensor::wrap(const_cast<float*>(v.data()), {rows, columns}, DType::f32, nullptr);
+}
 View<float, 1> view_of(std::vector<float>& v) { return {v.data(), {static_cast<int64_t>(v.size())}}; }
 
 TEST(LinearCrossEntropy, MatchesReference) {
@@ -113,9 +116,8 @@ TEST(LinearCrossEntropy, NanShows) {
                     << v << " " << place;
                 nll.assign(3, 0.0f);
                 const Tensor grad_h = Tensor::zeros({3, 1});
-                linear_cross_entropy_backward(ex, h.view<const float, 2>(), w.view<const float, 2>(),
-                                              view_of(targets), view_of(grad_nll), view_of(nll),
-                                              grad_h.view<float, 2>(), {});
+                linear_cross_entropy_backward(ex, h, w, view_of(targets), view_of(grad_nll), view_of(nll),
+                                              grad_h, {});
                 EXPECT_TRUE(std::isfinite(nll[0]) && std::isnan(nll[1]) && std::isfinite(nll[2]))
                     << v << " " << place;
                 EXPECT_TRUE(std::isnan(grad_h.data<float>()[1]));
@@ -153,10 +155,9 @@ TEST_P(CrossEntropyBackward, GradientsMatchFiniteDifferences) {
         const std::vector<int32_t> targets = random_targets(random, t, v);
         std::vector<float> nll = nan_vector(t);
         std::vector<float> grad_h(h.size(), kGradientStart), grad_w(w.size(), kGradientStart);
-        const View<const float, 2> hv(h.data(), {t, e}), wv(w.data(), {v, e});
-        linear_cross_entropy_backward(ex, hv, wv, view_of(targets), view_of(g), view_of(nll),
-                                      View<float, 2>(grad_h.data(), {t, e}),
-                                      View<float, 2>(grad_w.data(), {v, e}));
+        const Tensor ht = borrowed(h, t, e), wt = borrowed(w, v, e);
+        linear_cross_entropy_backward(ex, ht, wt, view_of(targets), view_of(g), view_of(nll),
+                                      borrowed(grad_h, t, e), View<float, 2>(grad_w.data(), {v, e}));
         auto hd = to_double(h), wd = to_double(w);
         const auto loss = [&, e = e] {
             const auto rows = reference(hd, wd, targets, e);
@@ -168,7 +169,21 @@ TEST_P(CrossEntropyBackward, GradientsMatchFiniteDifferences) {
         expect_close(nll, reference(hd, wd, targets, e), tolerance, "nll");
         expect_close(added(grad_h), finite_differences(hd, loss), tolerance, "grad_hidden");
         expect_close(added(grad_w), finite_differences(wd, loss), tolerance, "grad_weight");
+        std::vector<float> set_h = nan_vector(t * e);
+        linear_cross_entropy_backward(ex, ht, wt, view_of(targets), view_of(g), view_of(nll),
+                                      borrowed(set_h, t, e), {}, true);
+        expect_close(set_h, finite_differences(hd, loss), tolerance, "grad_hidden, set");
     }
+}
+
+TEST(MeanNll, DividesTheSumInF64) {
+    const Exec ex = make_cpu_exec(2);
+    const std::vector<float> nll{1e8f, 1.0f, 0.0f, 2.5f};
+    float mean = NAN;
+    mean_nll(ex, view_of(nll), 3.0, {&mean, {1}});
+    EXPECT_EQ(mean, static_cast<float>((1e8 + 3.5) / 3.0));
+    mean_nll(ex, {nll.data(), {0}}, 1.0, {&mean, {1}});
+    EXPECT_EQ(mean, 0.0f);
 }
 
 // Several tiles against groups of 30 tokens, with rows that have a stride.
@@ -182,22 +197,22 @@ TEST(CrossEntropyTiles, AddUp) {
     std::vector<float> nll = nan_vector(t), nll_one = nan_vector(t);
     std::vector<float> grad_h(static_cast<size_t>(t * stride)), grad_w(w.size()), grad_h_one = grad_h,
                                                                                   grad_w_one = grad_w;
-    const View<const float, 2> wv(w.data(), {v, e});
-    linear_cross_entropy_backward(ex, {h.data(), {t, e}, stride}, wv, view_of(targets), view_of(g),
-                                  view_of(nll), {grad_h.data(), {t, e}, stride},
+    const Tensor ht = borrowed(h, t, stride).columns(0, e), wt = borrowed(w, v, e);
+    const Tensor gt = borrowed(grad_h, t, stride).columns(0, e),
+                 gt_one = borrowed(grad_h_one, t, stride).columns(0, e);
+    linear_cross_entropy_backward(ex, ht, wt, view_of(targets), view_of(g), view_of(nll), gt,
                                   View<float, 2>(grad_w.data(), {v, e}));
     for (int64_t i = 0; i < t; i += 30) {
-        linear_cross_entropy_backward(
-            ex, {h.data() + i * stride, {30, e}, stride}, wv, {targets.data() + i, {30}},
-            {g.data() + i, {30}}, {nll_one.data() + i, {30}},
-            {grad_h_one.data() + i * stride, {30, e}, stride}, View<float, 2>(grad_w_one.data(), {v, e}));
+        linear_cross_entropy_backward(ex, ht.rows(i, i + 30), wt, {targets.data() + i, {30}},
+                                      {g.data() + i, {30}}, {nll_one.data() + i, {30}},
+                                      gt_one.rows(i, i + 30), View<float, 2>(grad_w_one.data(), {v, e}));
     }
     expect_close(nll, nll_one, 1e-6, "nll");
     expect_close(grad_h, grad_h_one, 1e-5, "grad_hidden");
     expect_close(grad_w, grad_w_one, 1e-5, "grad_weight");
     std::vector<float> again = nan_vector(t);
-    linear_cross_entropy_backward(make_cpu_exec(1), {h.data(), {t, e}, stride}, wv, view_of(targets),
-                                  view_of(g), view_of(again), {}, {});
+    linear_cross_entropy_backward(make_cpu_exec(1), ht, wt, view_of(targets), view_of(g), view_of(again), {},
+                                  {});
     EXPECT_EQ(again, nll);  // on one thread, without gradients
 }
 
@@ -224,16 +239,15 @@ TEST(LinearCrossEntropyErrors, NameTargetAndShape) {
                   linear_cross_entropy(ex, Tensor::zeros({3, 5}), w, view_of(fine), view_of(nll));
               }),
               "[linear_cross_entropy] `hidden` must be [t 2] but is [3, 5]");
-    const View<const float, 2> hv = h.view<const float, 2>(), wv = w.weight().view<const float, 2>();
     const std::vector<float> g(3);
     EXPECT_EQ(
         message([&] {
-            linear_cross_entropy_backward(ex, hv, wv, view_of(high), view_of(g), view_of(nll), {}, {});
+            linear_cross_entropy_backward(ex, h, w.weight(), view_of(high), view_of(g), view_of(nll), {}, {});
         }),
         "[linear_cross_entropy_backward] target 4 at position 1 is not below the vocabulary's 4 entries");
     EXPECT_EQ(message([&] {
-                  linear_cross_entropy_backward(ex, hv, wv, view_of(fine), view_of(g), view_of(nll), {},
-                                                h.view<float, 2>());
+                  linear_cross_entropy_backward(ex, h, w.weight(), view_of(fine), view_of(g), view_of(nll),
+                                                {}, h.view<float, 2>());
               }),
               "[linear_cross_entropy_backward] `grad_weight` must be [v e] = [4, 2] but is [3, 2]");
 }

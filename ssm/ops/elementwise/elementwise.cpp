@@ -93,7 +93,8 @@ void multiply_backward(const Exec& ex, View<const float, 2> a, View<const float,
     if (grad_b) accumulate_product(ex, grad_y, a, grad_b);
 }
 
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale) {
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale) {
     require_input("accumulate", ex, "x", x);
     require_shape("accumulate", "y", "t d", y, x.shape);
     if constexpr (kHasCuda) {
@@ -101,6 +102,10 @@ void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float 
     }
     cpu::accumulate(ex, x, y, scale);
 }
+template void accumulate(const Exec&, View<const float, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const float, 2>, View<bf16, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<bf16, 2>, float);
 
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y) {

@@ -35,8 +35,9 @@ void multiply(const Exec& ex, View<const float, 2> a, View<const float, 2> b, Vi
 void multiply_backward(const Exec& ex, View<const float, 2> a, View<const float, 2> b,
                        View<const float, 2> grad_y, View<float, 2> grad_a, View<float, 2> grad_b);
 
-// y += scale x
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale = 1.0f);
+// y += scale x, added in f32 and rounded to Y; X and Y are float or bf16.
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale = 1.0f);
 
 // f32 -> bf16 (to nearest even), bf16 -> f32, and equal types (a copy).
 template <class X, class Y>

@@ -87,13 +87,20 @@ void AccumulateProductRun(int64_t n, const float* x, const float* b, float* y) {
     Update(n, x, b, y, [](VF sum, VF u, VF v) HWY_ATTR { return hn::MulAdd(u, v, sum); });
 }
 
-void AccumulateRun(int64_t n, const float* x, float* y, float scale) {
+template <class X, class Y>
+HWY_INLINE void Accumulate(int64_t n, const X* x, Y* y, float scale) {
     const DF d;
     const VF scales = hn::Set(d, scale);
     ForEachVector(d, n, [&](int64_t i, auto lanes) HWY_ATTR {
         Store(d, hn::MulAdd(Load(d, x + i, lanes), scales, Load(d, y + i, lanes)), y + i, lanes);
     });
 }
+
+// Highway dispatches plain functions, one for each pair of types.
+void AccumulateF32F32(int64_t n, const float* x, float* y, float scale) { Accumulate(n, x, y, scale); }
+void AccumulateF32Bf16(int64_t n, const float* x, bf16* y, float scale) { Accumulate(n, x, y, scale); }
+void AccumulateBf16F32(int64_t n, const bf16* x, float* y, float scale) { Accumulate(n, x, y, scale); }
+void AccumulateBf16Bf16(int64_t n, const bf16* x, bf16* y, float scale) { Accumulate(n, x, y, scale); }
 
 void CastDownRun(int64_t n, const float* x, bf16* y) {
     Map(n, x, y, [](VF v) HWY_ATTR { return v; });
@@ -114,7 +121,10 @@ HWY_EXPORT(UnaryRun);
 HWY_EXPORT(UnaryBackwardRun);
 HWY_EXPORT(BinaryRun);
 HWY_EXPORT(AccumulateProductRun);
-HWY_EXPORT(AccumulateRun);
+HWY_EXPORT(AccumulateF32F32);
+HWY_EXPORT(AccumulateF32Bf16);
+HWY_EXPORT(AccumulateBf16F32);
+HWY_EXPORT(AccumulateBf16Bf16);
 HWY_EXPORT(CastDownRun);
 HWY_EXPORT(CastUpRun);
 
@@ -164,11 +174,25 @@ void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float
     for_each_run(ex, HWY_DYNAMIC_DISPATCH(AccumulateProductRun), x, b, y);
 }
 
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale) {
-    const auto kernel = HWY_DYNAMIC_DISPATCH(AccumulateRun);
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale) {
+    const auto kernel = [] {
+        if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, float>)
+            return HWY_DYNAMIC_DISPATCH(AccumulateF32F32);
+        else if constexpr (std::is_same_v<X, float>)
+            return HWY_DYNAMIC_DISPATCH(AccumulateF32Bf16);
+        else if constexpr (std::is_same_v<Y, float>)
+            return HWY_DYNAMIC_DISPATCH(AccumulateBf16F32);
+        else
+            return HWY_DYNAMIC_DISPATCH(AccumulateBf16Bf16);
+    }();
     for_each_run(
-        ex, [&](int64_t n, const float* a, float* b) { kernel(n, a, b, scale); }, x, y);
+        ex, [&](int64_t n, const X* a, Y* b) { kernel(n, a, b, scale); }, x, y);
 }
+template void accumulate(const Exec&, View<const float, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const float, 2>, View<bf16, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<bf16, 2>, float);
 
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y) {

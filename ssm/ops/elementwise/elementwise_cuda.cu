@@ -79,7 +79,10 @@ struct Multiply : Reads2 {
 struct AddScaled {
     static constexpr bool kReadsB = false, kReadsY = true;
     float scale;
-    __device__ float operator()(float x, float, float y) const { return fmaf(x, scale, y); }
+    template <class X, class Y>
+    __device__ Y operator()(X x, float, Y y) const {
+        return from_float<Y>(fmaf(to_float(x), scale, to_float(y)));
+    }
 };
 // y += b f'(a)
 struct AddSlope {
@@ -146,9 +149,14 @@ void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float
     map(ex, x, b, y, AddProduct{});
 }
 
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale) {
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale) {
     map(ex, x, {}, y, AddScaled{scale});
 }
+template void accumulate(const Exec&, View<const float, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const float, 2>, View<bf16, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<float, 2>, float);
+template void accumulate(const Exec&, View<const bf16, 2>, View<bf16, 2>, float);
 
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y) {

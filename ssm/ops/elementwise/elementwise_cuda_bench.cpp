@@ -53,6 +53,12 @@ void accumulate_one(benchmark::State& state) {
     const Arguments v;
     test::time_on_device(state, kSize * 12, [&] { accumulate(test::cuda_exec(), v.in_a(), v.out(), 0.5f); });
 }
+void accumulate_low(benchmark::State& state) {
+    const Arguments v;
+    test::time_on_device(state, kSize * 8, [&] {
+        accumulate<float, bf16>(test::cuda_exec(), v.in_a(), v.low.view<bf16, 2>(), 0.5f);
+    });
+}
 void cast_down(benchmark::State& state) {
     const Arguments v;
     test::time_on_device(state, kSize * 6,
@@ -78,6 +84,7 @@ const bool registered = [] {
     add_bench("silu_backward", silu_gradient);
     add_bench("add", add_two);
     add_bench("accumulate", accumulate_one);
+    add_bench("accumulate f32 to bf16", accumulate_low);
     add_bench("cast f32 to bf16", cast_down);
     add_bench("cast bf16 to f32", cast_up);
     return true;

@@ -62,7 +62,14 @@ TEST(ElementwiseCuda, FunctionsMatchCpu) {
     check<float, float>(1e-6, NAN, [](const Exec& ex, In a, In, Out y) { softplus(ex, a, y); });
     check<float, float>(0, NAN, [](const Exec& ex, In a, In b, Out y) { add(ex, a, b, y); });
     check<float, float>(0, NAN, [](const Exec& ex, In a, In b, Out y) { multiply(ex, a, b, y); });
-    check<float, float>(1e-6, 0.25f, [](const Exec& ex, In a, In, Out y) { accumulate(ex, a, y, 3.7f); });
+}
+
+TEST(ElementwiseCuda, AccumulatesMatchCpu) {
+    const auto all = [](const Exec& ex, auto a, In, auto y) { accumulate(ex, a, y, 3.7f); };
+    check<float, float>(1e-6, 0.25f, all);
+    check<float, bf16>(1e-3, 0.25f, all);
+    check<bf16, float>(1e-6, 0.25f, all);
+    check<bf16, bf16>(1e-3, 0.25f, all);
 }
 
 TEST(ElementwiseCuda, GradientsMatchCpu) {

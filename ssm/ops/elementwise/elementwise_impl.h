@@ -18,7 +18,8 @@ void unary_backward(const Exec& ex, Unary f, View<const float, 2> x_or_y, View<c
 void binary(const Exec& ex, Binary f, View<const float, 2> a, View<const float, 2> b, View<float, 2> y);
 // y += x b, and y += scale x.
 void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float, 2> b, View<float, 2> y);
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale);
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale);
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y);
 
@@ -31,7 +32,8 @@ void unary_backward(const Exec& ex, Unary f, View<const float, 2> x_or_y, View<c
                     View<float, 2> grad_x);
 void binary(const Exec& ex, Binary f, View<const float, 2> a, View<const float, 2> b, View<float, 2> y);
 void accumulate_product(const Exec& ex, View<const float, 2> x, View<const float, 2> b, View<float, 2> y);
-void accumulate(const Exec& ex, View<const float, 2> x, View<float, 2> y, float scale);
+template <class X, class Y>
+void accumulate(const Exec& ex, View<const X, 2> x, View<Y, 2> y, float scale);
 template <class X, class Y>
 void cast(const Exec& ex, View<const X, 2> x, View<Y, 2> y);
 

@@ -142,7 +142,7 @@ TEST(Elementwise, SumsAndProducts) {
             y.assign(std::vector<float>(u.size(), NAN));
             multiply(ex, a.view(), b.view(), y.view());
             EXPECT_EQ(y.values(), product);
-            accumulate(ex, a.view(), y.view(), 0.25f);
+            accumulate<float, float>(ex, a.view(), y.view(), 0.25f);
             test::expect_close(y.values(), scaled, 1e-6, "accumulate");
             multiply_backward(ex, a.view(), b.view(), grad_y.view(), grad_a.view(), {});
             multiply_backward(ex, a.view(), b.view(), grad_y.view(), {}, grad_b.view());
@@ -159,6 +159,36 @@ std::vector<uint16_t> bits(const std::vector<bf16>& v) {
     std::vector<uint16_t> r;
     for (const bf16 x : v) r.push_back(x.bits);
     return r;
+}
+
+// y += scale x with the sum in f32, rounded once.
+template <class X, class Y>
+void check_accumulate(const Size& s) {
+    Random random(4);
+    Strided<X> x(s.t, s.d, NAN, s.strided);
+    Strided<Y> y(s.t, s.d, 9.0f, s.strided);
+    x.assign(random.vector(s.t * s.d));
+    y.assign(random.vector(s.t * s.d));
+    std::vector<Y> want;
+    const auto u = x.values();
+    const auto v = y.values();
+    for (size_t i = 0; i < u.size(); ++i)
+        want.push_back(static_cast<Y>(std::fma(static_cast<float>(u[i]), 0.75f, static_cast<float>(v[i]))));
+    accumulate<X, Y>(make_cpu_exec(2), x.view(), y.view(), 0.75f);
+    // A target without fused multiply-add rounds twice.
+    test::expect_close(y.values(), test::to_double(want), sizeof(Y) == 2 ? 1e-3 : 1e-6, "accumulate");
+    EXPECT_TRUE(y.gaps_untouched(9.0f));
+}
+
+TEST(Accumulate, EveryPairOfTypes) {
+    test::for_each_target([] {
+        for (const Size& s : kSizes) {
+            check_accumulate<float, float>(s);
+            check_accumulate<float, bf16>(s);
+            check_accumulate<bf16, float>(s);
+            check_accumulate<bf16, bf16>(s);
+        }
+    });
 }
 
 TEST(Cast, EqualsTheScalarConversionToTheBit) {
@@ -204,7 +234,8 @@ TEST(Elementwise, Errors) {
     expect_error("[multiply] `b` must be [t d] = [2, 3] but is [3, 2]", [&] { multiply(ex, x, bad, y); });
     expect_error("[multiply_backward] `grad_b` must be [t d] = [2, 3] but is [3, 2]",
                  [&] { multiply_backward(ex, x, x, x, y, bad); });
-    expect_error("[accumulate] `y` must be [t d] = [2, 3] but is [3, 2]", [&] { accumulate(ex, x, bad); });
+    expect_error("[accumulate] `y` must be [t d] = [2, 3] but is [3, 2]",
+                 [&] { accumulate<float, float>(ex, x, bad); });
     expect_error("[cast] `y` must be [t d] = [2, 3] but is [3, 2]", [&] { cast<float, float>(ex, x, bad); });
 }
 

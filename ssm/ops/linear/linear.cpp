@@ -46,11 +46,11 @@ void convert(const Exec& ex, int64_t rows, int64_t columns, const Matrix& from, 
     convert_rows(ex, rows, columns, from, to, to_dtype, to_stride);
 }
 
-void column_sums(const Exec& ex, View<const float, 2> a, float* sum) {
+void column_sums(const Exec& ex, const Tensor& a, float* sum) {
     if constexpr (kHasCuda) {
-        if (on_gpu(ex)) return cuda::add_column_sums(ex, a, sum);
+        if (on_gpu(ex)) return cuda::add_column_sums(ex, a.dim(0), a.dim(1), matrix_of(a), sum);
     }
-    add_column_sums(ex, a, sum);
+    add_column_sums(ex, a.view<const float, 2>(), sum);
 }
 
 Matrix transposed(Matrix m) {
@@ -58,13 +58,15 @@ Matrix transposed(Matrix m) {
     return m;
 }
 
-// m in `dtype`: itself, or a dense rounded copy held by `storage`.
+// m in `dtype`: itself, or a rounded copy held by `storage`, whose rows a GPU's products can read as they
+// are.
 Matrix converted(const Exec& ex, const Matrix& m, int64_t rows, int64_t columns, DType dtype,
                  Tensor& storage) {
     if (m.dtype == dtype) return m;
-    storage = Tensor::empty(ex, {rows, columns}, dtype);
-    convert(ex, rows, columns, m, storage.raw(), dtype, columns);
-    return {storage.raw(), dtype, columns, false};
+    const int64_t stride = on_gpu(ex) ? (columns + 7) / 8 * 8 : columns;
+    storage = Tensor::empty(ex, {rows, stride}, dtype);
+    convert(ex, rows, columns, m, storage.raw(), dtype, stride);
+    return {storage.raw(), dtype, stride, false};
 }
 
 // Degenerate products, then the engine that this build has. `packed`: B is this weight, transposed.
@@ -156,6 +158,29 @@ void linear_any(const Exec& ex, const Tensor& x, const Tensor& weight, View<cons
     run(ex, x, weight, bias, y, compute_type(ex, x, weight, packed == nullptr), packed);
 }
 
+void check_backward(const Exec& ex, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                    const Tensor& grad_x, View<float, 2> grad_weight, View<float, 1> grad_bias) {
+    constexpr std::string_view op = "linear_backward";
+    require_device(op, ex);
+    require_matrix(op, "weight", "o i", weight, -1, -1);
+    const int64_t o = weight.dim(0), i = weight.dim(1);
+    require_matrix(op, "x", "t i", x, -1, i);
+    const int64_t t = x.dim(0);
+    require_matrix(op, "grad_y", "t o", grad_y, t, o);
+    if (grad_x) {
+        require_matrix(op, "grad_x", "t i", grad_x, t, i);
+        require(grad_x.dtype() == x.dtype(), op, "`grad_x` must have x's type, {}, but is {}",
+                name_of(x.dtype()), name_of(grad_x.dtype()));
+    }
+    require_shape_if(op, "grad_weight", "o i", grad_weight, {o, i});
+    require_shape_if(op, "grad_bias", "o", grad_bias, {o});
+    require(!grad_bias || grad_bias.stride == 1 || o <= 1, op, "`grad_bias` must be dense");
+    for (const Tensor* operand : {&grad_y, &x, &weight}) {
+        if (!on_gpu(ex) && operand->dtype() != DType::f32)
+            fail(ErrorCode::unsupported, op, "gradients of bf16 activations need a GPU");
+    }
+}
+
 }  // namespace
 
 PackedWeight::PackedWeight(Tensor weight) {
@@ -177,25 +202,18 @@ void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const fl
     linear_any(ex, x, weight, bias, y, nullptr);
 }
 
-void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
-                     View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
-                     View<float, 1> grad_bias, LinearBackwardSet set) {
-    constexpr std::string_view op = "linear_backward";
-    require_device(op, ex);
-    require(static_cast<bool>(weight), op, "`weight` is absent");
-    const int64_t o = weight.shape[0], i = weight.shape[1];
-    require_matrix(op, "x", "t i", x, -1, i);
-    const int64_t t = x.dim(0);
-    require_shape(op, "grad_y", "t o", grad_y, {t, o});
-    require_shape_if(op, "grad_x", "t i", grad_x, {t, i});
-    require_shape_if(op, "grad_weight", "o i", grad_weight, {o, i});
-    require_shape_if(op, "grad_bias", "o", grad_bias, {o});
-    require(!grad_bias || grad_bias.stride == 1 || o <= 1, op, "`grad_bias` must be dense");
+void linear_backward(const Exec& ex, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                     const Tensor& grad_x, View<float, 2> grad_weight, View<float, 1> grad_bias,
+                     LinearBackwardSet set) {
+    check_backward(ex, grad_y, x, weight, grad_x, grad_weight, grad_bias);
+    const int64_t t = x.dim(0), o = weight.dim(0), i = weight.dim(1);
     if (grad_bias) column_sums(ex, grad_y, grad_bias.data);
-    const bool round = ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16(ex);
+    const bool round =
+        weight.dtype() == DType::bf16 || (ex.matmul == MatmulPrecision::bf16 && products_run_in_bf16(ex));
     const DType compute = round ? DType::bf16 : DType::f32;
     Tensor grad_copy, other_copy;
-    const Matrix g = converted(ex, matrix_of(grad_y), t, o, compute, grad_copy);
+    const Matrix g = grad_x || grad_weight ? converted(ex, matrix_of(grad_y), t, o, compute, grad_copy)
+                                           : matrix_of(grad_y);
     if (grad_x) {
         const Matrix w = converted(ex, matrix_of(weight), o, i, compute, other_copy);
         product(ex, {.m = t,
@@ -203,8 +221,9 @@ void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& 
                      .k = o,
                      .a = g,
                      .b = w,
-                     .c = grad_x.data,
-                     .c_stride = grad_x.stride,
+                     .c = grad_x.raw(),
+                     .c_dtype = grad_x.dtype(),
+                     .c_stride = grad_x.stride(),
                      .beta = set.x ? 0.0f : 1.0f});
     }
     if (grad_weight) {

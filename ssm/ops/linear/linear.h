@@ -11,6 +11,7 @@
 // by
 //            memory: floor = o i sizeof(weight) / bandwidth.
 // GPU        cuBLASLt, t <= 8 a kernel of our own; a PackedWeight is the plain weight. f32 is f32 (no tf32).
+//            The first product of a shape chooses its algorithm: call once before capturing a CUDA graph.
 //            With ex.matmul == bf16 both x and weight are rounded, whatever their types (t > 8).
 #pragma once
 
@@ -47,14 +48,18 @@ void linear(const Exec& ex, const Tensor& x, const Tensor& weight, View<const fl
             const Tensor& y);
 
 // Adds: grad_x += grad_y W,  grad_weight += grad_y^T x,  grad_bias += column sums of grad_y. Absent ones are
-// not computed. Gradients and weight f32; x f32 or bf16. With ex.matmul == bf16 the products' inputs are
-// rounded to bf16. What `set` names is written instead of added to.
+// not computed. What `set` names is written instead of added to.
+// Types: grad_x has x's, the gradients of weight and bias are f32. On the CPU all are f32, and with ex.matmul
+// == bf16 the products' inputs are rounded to bf16. On a GPU grad_y, x and weight are f32 or bf16, in any
+// mix: the products are bf16 when the weight is or ex.matmul says so (an operand in f32 is rounded into
+// scratch, one in bf16 with rows aligned to 16 bytes is read where it is), else f32. Adding to a grad_x in
+// bf16 rounds the sum once.
 struct LinearBackwardSet {
     bool x = false, weight = false;
 };
-void linear_backward(const Exec& ex, View<const float, 2> grad_y, const Tensor& x,
-                     View<const float, 2> weight, View<float, 2> grad_x, View<float, 2> grad_weight,
-                     View<float, 1> grad_bias, LinearBackwardSet set = {});
+void linear_backward(const Exec& ex, const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                     const Tensor& grad_x, View<float, 2> grad_weight, View<float, 1> grad_bias,
+                     LinearBackwardSet set = {});
 
 // C[m,n] = alpha op(A) op(B) + beta C in f32 (op = transpose if asked); the building block for other
 // operators. Runs on ex.threads threads, or on the calling one inside a parallel region.

@@ -130,8 +130,7 @@ void backward(benchmark::State& state, Shape2 shape, MatmulPrecision precision) 
     const double peak =
         precision == MatmulPrecision::f32 ? rates().f32_flop_per_second : rates().bf16_flop_per_second;
     const auto run = [&] {
-        linear_backward(ex, g.view<const float, 2>(), x, w.view<const float, 2>(), grad_x.view<float, 2>(),
-                        grad_w.view<float, 2>(), grad_b.view<float, 1>());
+        linear_backward(ex, g, x, w, grad_x, grad_w.view<float, 2>(), grad_b.view<float, 1>());
     };
     run();
     Tensor w_transposed = Tensor::empty({i, o});

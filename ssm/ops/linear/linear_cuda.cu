@@ -84,33 +84,43 @@ void finish(const Exec& ex, const Product& p, const float* from, int64_t from_st
     check_launch(kOp);
 }
 
-// Sums of a piece of the rows, 32 columns a block: 8 threads a column, then over them in order.
+// Sums of a piece of the rows, 32 N columns a block: 8 warps, a lane N columns; then over the warps in order.
 constexpr int kSumRows = 8;
 constexpr int64_t kMostPieces = 64, kLeastRows = 128;
 
 struct SumParams {
-    View<const float, 2> a;
+    int64_t rows, columns, stride;
+    const void* a;
     int64_t piece;  // rows
     float* sums;    // [pieces columns]
 };
 
+template <class T, int N>
 __global__ void __launch_bounds__(kWarp* kSumRows) SumPieces(const __grid_constant__ SumParams p) {
-    __shared__ float shared[kSumRows][kWarp];
+    __shared__ float shared[kSumRows][N][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane, columns = p.a.shape[1];
+    const int64_t c = (static_cast<int64_t>(blockIdx.x) * kWarp + lane) * N;
     const int64_t begin = blockIdx.y * p.piece;
-    const int64_t end = begin + p.piece < p.a.shape[0] ? begin + p.piece : p.a.shape[0];
-    float sum = 0.0f;
-    if (c < columns) {
-#pragma unroll 4
-        for (int64_t r = begin + warp; r < end; r += kSumRows) sum += p.a.data[r * p.a.stride + c];
-    }
-    shared[warp][lane] = sum;
-    __syncthreads();
-    if (warp > 0 || c >= columns) return;
+    const int64_t end = begin + p.piece < p.rows ? begin + p.piece : p.rows;
+    float sum[N] = {};
+    if (c < p.columns) {
+#pragma unroll 8
+        for (int64_t r = begin + warp; r < end; r += kSumRows) {
+            const Pack<T, N> x = load_pack<N>(static_cast<const T*>(p.a) + r * p.stride + c);
 #pragma unroll
-    for (int k = 1; k < kSumRows; ++k) sum += shared[k][lane];
-    p.sums[blockIdx.y * columns + c] = sum;
+            for (int k = 0; k < N; ++k) sum[k] += to_float(x.at[k]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) shared[warp][k][lane] = sum[k];
+    __syncthreads();
+    if (warp > 0 || c >= p.columns) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+#pragma unroll
+        for (int w = 1; w < kSumRows; ++w) sum[k] += shared[w][k][lane];
+        p.sums[blockIdx.y * p.columns + c + k] = sum[k];
+    }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -132,9 +142,16 @@ struct Plan {
 };
 // m n k, strides, types and transpositions, alignments, bias.
 using Key = std::array<int64_t, 11>;
+// The workspace is everybody's, in the order of the stream: a captured graph may keep its address.
 struct Plans {
     static constexpr size_t kMost = 4096;
     std::map<Key, Plan> known;
+    std::byte* workspace = nullptr;
+
+    Plans() { check(cudaMalloc(&workspace, kWorkspace), kOp); }
+    Plans(const Plans&) = delete;
+    Plans& operator=(const Plans&) = delete;
+    ~Plans() { cudaFree(workspace); }
 };
 
 cudaDataType_t type_of(DType t) { return t == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
@@ -181,6 +198,10 @@ Plan make_plan(const Exec& ex, const Product& p) {
     cublasLtMatmulPreferenceOpaque_t preference;
     check_blas(cublasLtMatmulPreferenceInit(&preference), "preference");
     set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspace);
+    // Parts of a sum in bf16 are not rounded before they are added.
+    if (p.c_dtype == DType::bf16)
+        set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+            static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(p.b.data));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a.data));
     set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.c));
@@ -196,7 +217,7 @@ Plan make_plan(const Exec& ex, const Product& p) {
     return plan;
 }
 
-Plan plan_of(const Exec& ex, const Product& p) {
+Plan plan_of(const Exec& ex, const Product& p, std::byte*& workspace) {
     const auto flags = static_cast<int64_t>(p.a.dtype) << 12 | static_cast<int64_t>(p.c_dtype) << 4 |
                        (p.a.transpose ? 4 : 0) | (p.b.transpose ? 2 : 0) | (p.bias != nullptr ? 1 : 0);
     const Key key{p.m,
@@ -212,7 +233,9 @@ Plan plan_of(const Exec& ex, const Product& p) {
                   p.beta != 0.0f};
     const std::lock_guard lock(ex.cuda->products_mutex);
     if (!ex.cuda->products) ex.cuda->products = std::make_shared<Plans>();
-    auto& known = static_cast<Plans*>(ex.cuda->products.get())->known;
+    auto& plans = *static_cast<Plans*>(ex.cuda->products.get());
+    auto& known = plans.known;
+    workspace = plans.workspace;
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
     if (known.size() >= Plans::kMost) known.clear();
@@ -220,13 +243,13 @@ Plan plan_of(const Exec& ex, const Product& p) {
 }
 
 void run(const Exec& ex, const Product& p) {
-    Plan plan = plan_of(ex, p);
+    std::byte* workspace = nullptr;
+    Plan plan = plan_of(ex, p, workspace);
     if (p.bias != nullptr)
         set(plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(p.bias));
-    const Scratch<std::byte> workspace(ex, kWorkspace);
     check_blas(cublasLtMatmul(ex.cuda->blas(), &plan.product, &p.alpha, p.b.data, &plan.a, p.a.data, &plan.b,
-                              &p.beta, p.c, &plan.c, p.c, &plan.c, &plan.algorithm, workspace.data(),
-                              kWorkspace, stream_of(ex)),
+                              &p.beta, p.c, &plan.c, p.c, &plan.c, &plan.algorithm, workspace, kWorkspace,
+                              stream_of(ex)),
                "product");
 }
 
@@ -255,10 +278,12 @@ void product(const Exec& ex, const Product& p) {
     Product q = p;
     q.a = aligned(ex, p.a, stored(p.a, p.m, p.k), a);
     q.b = aligned(ex, p.b, stored(p.b, p.k, p.n), b);
-    // Else by f32 sums in aligned rows. (A bias of bf16 results would have to be bf16 too.)
-    if (p.a.dtype == DType::f32 ||
-        (rows_aligned(p.c, p.c_stride, p.c_dtype) && (p.c_dtype == DType::f32 || p.bias == nullptr)))
-        return run(ex, q);
+    // Else by f32 sums in aligned rows. (A bias of bf16 results would have to be bf16 too, and there are no
+    // bf16 results of f32 products.)
+    const bool direct = p.a.dtype == DType::f32 ? p.c_dtype == DType::f32
+                                                : rows_aligned(p.c, p.c_stride, p.c_dtype) &&
+                                                      (p.c_dtype == DType::f32 || p.bias == nullptr);
+    if (direct) return run(ex, q);
     const int64_t n = (p.n + 3) / 4 * 4;
     const Scratch<float> sums(ex, static_cast<size_t>(p.m * n));
     q.c = sums.data();
@@ -295,14 +320,19 @@ void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const Matrix& f
     check_launch(kOp);
 }
 
-void add_column_sums(const Exec& ex, View<const float, 2> a, float* sum) {
-    const int64_t rows = a.shape[0], columns = a.shape[1];
+void add_column_sums(const Exec& ex, int64_t rows, int64_t columns, const Matrix& a, float* sum) {
     if (rows == 0 || columns == 0) return;
     const int64_t piece = std::max(kLeastRows, (rows + kMostPieces - 1) / kMostPieces);
     const int64_t pieces = (rows + piece - 1) / piece;
     const Scratch<float> sums(ex, static_cast<size_t>(pieces * columns));
-    const dim3 grid(blocks_for(columns, kWarp), static_cast<unsigned>(pieces));
-    SumPieces<<<grid, kWarp * kSumRows, 0, stream_of(ex)>>>({a, piece, sums.data()});
+    const SumParams p{rows, columns, a.stride, a.data, piece, sums.data()};
+    with_type(a.dtype, [&]<class T>() {
+        constexpr int N = 4;
+        const bool packs = columns % N == 0 && packable(static_cast<const T*>(a.data), a.stride, N);
+        const dim3 grid(blocks_for(columns, kWarp * (packs ? N : 1)), static_cast<unsigned>(pieces));
+        const auto kernel = packs ? SumPieces<T, N> : SumPieces<T, 1>;
+        kernel<<<grid, kWarp * kSumRows, 0, stream_of(ex)>>>(p);
+    });
     check_launch(kOp);
     AddPieces<<<blocks_for(columns, kThreads), kThreads, 0, stream_of(ex)>>>(sums.data(), pieces, columns,
                                                                              sum);

@@ -53,27 +53,30 @@ void many_rows(benchmark::State& state) {
     report_rate(state, "FLOP/s", static_cast<double>(2 * t * o * i), sizeof(T) == 2 ? kBf16Flops : kF32Flops);
 }
 
-// The gradients of x and the weight, rounding included; for dt_proj (1536 x 48) that of the bias, too.
+// The gradients of x (written) and the weight (added); for dt_proj (1536 x 48) that of the bias, too. All in
+// bf16, as training in bf16 has them, or grad_y and the weight in f32 and rounded in the call.
+template <class T>
 void backward(benchmark::State& state) {
     Exec ex = cuda_exec();
     ex.matmul = MatmulPrecision::bf16;
     const int64_t t = state.range(0), o = state.range(1), i = state.range(2);
-    const Tensor g = large_random<float>({t, o}), x = large_random<bf16>({t, i}),
-                 w = large_random<float>({o, i}), grad_x = Tensor::zeros(ex, {t, i}),
-                 grad_w = Tensor::zeros(ex, {o, i}), grad_b = Tensor::zeros(ex, {o});
+    const bool set = state.range(3) != 0;
+    const Tensor g = large_random<T>({t, o}), x = large_random<bf16>({t, i}), w = large_random<T>({o, i}),
+                 grad_x = Tensor::zeros(ex, {t, i}, DType::bf16), grad_w = Tensor::zeros(ex, {o, i}),
+                 grad_b = Tensor::zeros(ex, {o});
     const auto step = [&](int) {
-        linear_backward(ex, g.view<const float, 2>(), x, w.view<const float, 2>(), grad_x.view<float, 2>(),
-                        grad_w.view<float, 2>(), i == 48 ? grad_b.view<float, 1>() : View<float, 1>(),
-                        {.x = true});
+        linear_backward(ex, g, x, w, grad_x, grad_w.view<float, 2>(),
+                        i == 48 ? grad_b.view<float, 1>() : View<float, 1>(), {.x = set});
     };
     step(0);
     // grad_x = g W is verified as g (W^T)^T.
-    const std::vector<float> w_host = from_device<float>(w);
-    std::vector<float> w_t(w_host.size());
+    const std::vector<T> w_host = from_device<T>(w);
+    std::vector<T> w_t(w_host.size());
     for (int64_t a = 0; a < o; ++a)
         for (int64_t b = 0; b < i; ++b)
             w_t[static_cast<size_t>(b * o + a)] = w_host[static_cast<size_t>(a * i + b)];
     verify(g, on_device(w_t, {i, o}), grad_x, 1e-2);
+    if (!set) grad_x.fill_zero();  // it grows without bound otherwise
     time_graph(state, 5, step);
     report_rate(state, "FLOP/s", static_cast<double>(4 * t * o * i), kBf16Flops);
 }
@@ -93,11 +96,20 @@ void product_shapes(benchmark::internal::Benchmark* b) {
     b->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(10);
 }
 
+void gradient_shapes(benchmark::internal::Benchmark* b) {
+    for (const int64_t set : {1, 0})
+        for (const auto& [o, i] :
+             {std::pair<int64_t, int64_t>{3072, 768}, {768, 1536}, {80, 1536}, {1536, 48}})
+            b->Args({16384, o, i, set});
+    b->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(10);
+}
+
 BENCHMARK(few_rows<bf16>)->Apply(decoding_shapes);
 BENCHMARK(few_rows<float>)->Apply(decoding_shapes);
 BENCHMARK(many_rows<bf16>)->Apply(product_shapes);
 BENCHMARK(many_rows<float>)->Apply(product_shapes);
-BENCHMARK(backward)->Apply(product_shapes);
+BENCHMARK(backward<bf16>)->Apply(gradient_shapes);
+BENCHMARK(backward<float>)->Apply(gradient_shapes);
 
 }  // namespace
 }  // namespace ssm

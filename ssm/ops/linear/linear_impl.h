@@ -31,7 +31,8 @@ struct Matrix {
 };
 
 // C[m n] = alpha op(A)[m k] op(B)[k n] + beta C + bias[n].  A and B have one dtype; C is f32, or bf16 when
-// they are (then alpha = 1, beta = 0). beta and bias exclude each other.
+// they are (then alpha = 1, and on the CPU beta = 0; on a GPU C may be bf16 whatever they are). beta and bias
+// exclude each other.
 struct Product {
     int64_t m = 0, n = 0, k = 0;
     Matrix a = {}, b = {};
@@ -87,8 +88,9 @@ namespace cuda {
 void product(const Exec& ex, const linear_detail::Product& p);
 void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const linear_detail::Matrix& from, void* to,
                   DType to_dtype, int64_t to_stride);
-// Fixed order of summation: the same bytes from run to run.
-void add_column_sums(const Exec& ex, View<const float, 2> a, float* sum);
+// a: [rows columns], f32 or bf16. Fixed order of summation: the same bytes from run to run.
+void add_column_sums(const Exec& ex, int64_t rows, int64_t columns, const linear_detail::Matrix& a,
+                     float* sum);
 
 // linear_few_rows_cuda.cu: t <= kFewRows.
 inline constexpr int64_t kFewRows = 8;

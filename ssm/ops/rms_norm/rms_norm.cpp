@@ -68,7 +68,8 @@ void add_rms_norm(const Exec& ex, View<const float, 2> residual, View<const X, 2
 
 template <class X, class Y>
 void rms_norm_backward(const Exec& ex, const RmsNormInputs<X, Y>& in, View<const float, 2> rstd,
-                       View<const float, 2> grad_y, const RmsNormGradients& grad,
+                       std::type_identity_t<View<const Y, 2>> grad_y,
+                       const std::type_identity_t<RmsNormGradients<X, Y>>& grad,
                        const RmsNormOptions& options) {
     constexpr std::string_view op = "rms_norm_backward";
     const int64_t t = in.x.shape[0], d = in.x.shape[1];
@@ -82,11 +83,17 @@ void rms_norm_backward(const Exec& ex, const RmsNormInputs<X, Y>& in, View<const
     require(grad.weight.dense(), op, "`grad.weight` must be dense");
     require(!grad.weight || in.weight, op, "`grad.weight` is given but `weight` is absent");
     require(!grad.z || in.z, op, "`grad.z` is given but `z` is absent");
+    require_shape_if(op, "grad.branch", "t d", grad.branch, {t, d});
+    require(!grad.branch || grad.x, op, "`grad.branch` is given but `grad.x` is absent");
     const RmsNormBackwardCall<X, Y> call{in, rstd, grad_y, grad, options};
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda) return cuda::rms_norm_backward(ex, call);
     }
-    cpu::rms_norm_backward(ex, call);
+    if constexpr (std::is_same_v<X, float> && std::is_same_v<Y, float>) {
+        cpu::rms_norm_backward(ex, call);
+    } else {
+        fail(ErrorCode::unsupported, op, "gradients of bf16 activations need a GPU");
+    }
 }
 
 template void rms_norm(const Exec&, const RmsNormInputs<float, float>&, View<float, 2>, View<float, 2>,
@@ -102,10 +109,13 @@ template void add_rms_norm(const Exec&, View<const float, 2>, View<const float, 
 template void add_rms_norm(const Exec&, View<const float, 2>, View<const bf16, 2>, View<const float, 1>,
                            View<float, 2>, View<bf16, 2>, View<float, 2>, const RmsNormOptions&);
 template void rms_norm_backward(const Exec&, const RmsNormInputs<float, float>&, View<const float, 2>,
-                                View<const float, 2>, const RmsNormGradients&, const RmsNormOptions&);
+                                View<const float, 2>, const RmsNormGradients<float, float>&,
+                                const RmsNormOptions&);
 template void rms_norm_backward(const Exec&, const RmsNormInputs<float, bf16>&, View<const float, 2>,
-                                View<const float, 2>, const RmsNormGradients&, const RmsNormOptions&);
+                                View<const bf16, 2>, const RmsNormGradients<float, bf16>&,
+                                const RmsNormOptions&);
 template void rms_norm_backward(const Exec&, const RmsNormInputs<bf16, bf16>&, View<const float, 2>,
-                                View<const float, 2>, const RmsNormGradients&, const RmsNormOptions&);
+                                View<const bf16, 2>, const RmsNormGradients<bf16, bf16>&,
+                                const RmsNormOptions&);
 
 }  // namespace ssm

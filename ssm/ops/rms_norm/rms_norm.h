@@ -13,6 +13,8 @@
 // Cost       ~4 FLOP, sizeof(X) + sizeof(Y) bytes per element: bandwidth bound.
 #pragma once
 
+#include <type_traits>
+
 #include "ssm/core/exec.h"
 #include "ssm/core/view.h"
 
@@ -43,16 +45,23 @@ void add_rms_norm(const Exec& ex, View<const float, 2> residual, View<const X, 2
                   View<const float, 1> weight, View<float, 2> residual_out, View<Y, 2> y, View<float, 2> rstd,
                   const RmsNormOptions& options = {});
 
-// Gradients, all f32, all added to; absent ones are not computed. The gradient of add_rms_norm is this one
-// with x = residual_out: what it adds to grad x goes to both summands.
+// Gradients, each of its tensor's type, the weight's f32; added to (in f32, then rounded) unless set_* says
+// that they are written; absent ones are not computed. The gradient of add_rms_norm is this one with x =
+// residual_out: the finished gradient of x goes to both summands. `branch`, if present, is written: a copy of
+// the finished gradient of x (which must be present) in Y, what add_rms_norm's x receives.
+// (X, Y): (f32, f32); on a GPU also (f32, bf16), (bf16, bf16).
+template <class X, class Y>
 struct RmsNormGradients {
-    View<float, 2> x;
+    View<X, 2> x;
     View<float, 1> weight;
-    View<float, 2> z;
+    View<Y, 2> z;
+    View<Y, 2> branch = {};
+    bool set_x = false, set_z = false;
 };
 template <class X, class Y>
 void rms_norm_backward(const Exec& ex, const RmsNormInputs<X, Y>& in, View<const float, 2> rstd,
-                       View<const float, 2> grad_y, const RmsNormGradients& grad,
+                       std::type_identity_t<View<const Y, 2>> grad_y,
+                       const std::type_identity_t<RmsNormGradients<X, Y>>& grad,
                        const RmsNormOptions& options = {});
 
 }  // namespace ssm

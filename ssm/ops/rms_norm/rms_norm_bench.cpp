@@ -34,7 +34,7 @@ struct Data {
                            {weight.data(), {d}}, {residual.data(), {t, d}}, {y.data(), {t, d}}, {});
     }
     void backward() const {
-        RmsNormGradients grad{{grad_x.data(), {t, d}}, {grad_weight.data(), {d}}, {}};
+        RmsNormGradients<float, float> grad{{grad_x.data(), {t, d}}, {grad_weight.data(), {d}}, {}};
         if (options.gate != Gate::none) grad.z = {grad_z.data(), {t, d}};
         rms_norm_backward<X, Y>(test::bench_exec(), inputs(), {rstd.data(), {t, 1}}, {grad_y.data(), {t, d}},
                                 grad, options);

@@ -120,12 +120,11 @@ HWY_INLINE void ForwardRows(const RmsNormCall<X, Y>& call, float* scratch, int64
 }
 
 // One group of one row of the backward pass; pointers are to the group's first channel.
-template <class X, class Y>
 struct BackwardGroup {
     int64_t n;
     float rstd;
-    const X* x;
-    const Y* z;
+    const float* x;
+    const float* z;
     const float* grad_y;
     const float* weight;  // with the offset; 1 where there is none
     float* grad_x;        // this and the next two: null where not wanted
@@ -137,8 +136,8 @@ struct BackwardGroup {
 
 // v^ and, kept in scratch for the second pass, v and sigmoid(z). Returns mean(grad_v^ v^); adds to
 // grad_weight.
-template <Gate kGate, class X, class Y>
-HWY_INLINE float BackwardReduce(const BackwardGroup<X, Y>& a) {
+template <Gate kGate>
+HWY_INLINE float BackwardReduce(const BackwardGroup& a) {
     const DF d;
     const VF rstd = hn::Set(d, a.rstd);
     VF dot = hn::Zero(d);
@@ -170,8 +169,8 @@ HWY_INLINE void AddTo(float* p, V v, auto lanes) {
 }
 
 // grad_v = rstd (grad_v^ - v^ mean), passed on to x and z.
-template <Gate kGate, class X, class Y>
-HWY_INLINE void BackwardApply(const BackwardGroup<X, Y>& a, float mean) {
+template <Gate kGate>
+HWY_INLINE void BackwardApply(const BackwardGroup& a, float mean) {
     const DF d;
     const VF rstd = hn::Set(d, a.rstd), means = hn::Set(d, mean), one = hn::Set(d, 1.0f);
     ForEachVector(d, a.n, [&](int64_t i, auto lanes) HWY_ATTR {
@@ -201,33 +200,35 @@ HWY_INLINE void BackwardApply(const BackwardGroup<X, Y>& a, float mean) {
 }
 
 // Rows begin .. end; grad_weight: [d], added to, or null; scratch: 2 d floats.
-template <Gate kGate, class X, class Y>
-HWY_INLINE void BackwardRows(const RmsNormBackwardCall<X, Y>& call, const float* weight, float* grad_weight,
-                             float* scratch, int64_t begin, int64_t end) {
+template <Gate kGate>
+HWY_INLINE void BackwardRows(const RmsNormBackwardCall<float, float>& call, const float* weight,
+                             float* grad_weight, float* scratch, int64_t begin, int64_t end) {
     const int64_t groups = call.options.groups, n = call.in.x.shape[1] / groups;
     for (int64_t t = begin; t < end; ++t) {
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t c = g * n;
-            const BackwardGroup<X, Y> group{n,
-                                            call.rstd.row(t)[g],
-                                            call.in.x.row(t) + c,
-                                            call.in.z ? call.in.z.row(t) + c : nullptr,
-                                            call.grad_y.row(t) + c,
-                                            weight + c,
-                                            call.grad.x ? call.grad.x.row(t) + c : nullptr,
-                                            call.grad.z ? call.grad.z.row(t) + c : nullptr,
-                                            grad_weight != nullptr ? grad_weight + c : nullptr,
-                                            scratch,
-                                            scratch + n};
+            const BackwardGroup group{n,
+                                      call.rstd.row(t)[g],
+                                      call.in.x.row(t) + c,
+                                      call.in.z ? call.in.z.row(t) + c : nullptr,
+                                      call.grad_y.row(t) + c,
+                                      weight + c,
+                                      call.grad.x ? call.grad.x.row(t) + c : nullptr,
+                                      call.grad.z ? call.grad.z.row(t) + c : nullptr,
+                                      grad_weight != nullptr ? grad_weight + c : nullptr,
+                                      scratch,
+                                      scratch + n};
             const float mean = BackwardReduce<kGate>(group);
+            if (call.grad.x && call.grad.set_x) std::fill_n(group.grad_x, n, 0.0f);
+            if (call.grad.z && call.grad.set_z) std::fill_n(group.grad_z, n, 0.0f);
             if (call.grad.x || call.grad.z) BackwardApply<kGate>(group, mean);
+            if (call.grad.branch) std::copy_n(group.grad_x, n, call.grad.branch.row(t) + c);
         }
     }
 }
 
-template <class X, class Y>
-HWY_INLINE void BackwardGated(const RmsNormBackwardCall<X, Y>& call, const float* weight, float* grad_weight,
-                              float* scratch, int64_t begin, int64_t end) {
+void Backward(const RmsNormBackwardCall<float, float>& call, const float* weight, float* grad_weight,
+              float* scratch, int64_t begin, int64_t end) {
     switch (call.options.gate) {
         case Gate::none: return BackwardRows<Gate::none>(call, weight, grad_weight, scratch, begin, end);
         case Gate::before: return BackwardRows<Gate::before>(call, weight, grad_weight, scratch, begin, end);
@@ -245,18 +246,6 @@ void ForwardF32Bf16(const RmsNormCall<float, bf16>& call, float* scratch, int64_
 void ForwardBf16Bf16(const RmsNormCall<bf16, bf16>& call, float* scratch, int64_t begin, int64_t end) {
     ForwardRows(call, scratch, begin, end);
 }
-void BackwardF32F32(const RmsNormBackwardCall<float, float>& call, const float* weight, float* grad_weight,
-                    float* scratch, int64_t begin, int64_t end) {
-    BackwardGated(call, weight, grad_weight, scratch, begin, end);
-}
-void BackwardF32Bf16(const RmsNormBackwardCall<float, bf16>& call, const float* weight, float* grad_weight,
-                     float* scratch, int64_t begin, int64_t end) {
-    BackwardGated(call, weight, grad_weight, scratch, begin, end);
-}
-void BackwardBf16Bf16(const RmsNormBackwardCall<bf16, bf16>& call, const float* weight, float* grad_weight,
-                      float* scratch, int64_t begin, int64_t end) {
-    BackwardGated(call, weight, grad_weight, scratch, begin, end);
-}
 
 }  // namespace
 }  // namespace ssm::HWY_NAMESPACE
@@ -269,9 +258,7 @@ namespace {
 HWY_EXPORT(ForwardF32F32);
 HWY_EXPORT(ForwardF32Bf16);
 HWY_EXPORT(ForwardBf16Bf16);
-HWY_EXPORT(BackwardF32F32);
-HWY_EXPORT(BackwardF32Bf16);
-HWY_EXPORT(BackwardBf16Bf16);
+HWY_EXPORT(Backward);
 
 // A thread is worth waking for this many elements (measured: README.md).
 constexpr int64_t kGrainElements = 32768;
@@ -288,16 +275,6 @@ auto forward_kernel() {
     else
         return HWY_DYNAMIC_DISPATCH(ForwardF32F32);
 }
-template <class X, class Y>
-auto backward_kernel() {
-    if constexpr (std::is_same_v<X, bf16>)
-        return HWY_DYNAMIC_DISPATCH(BackwardBf16Bf16);
-    else if constexpr (std::is_same_v<Y, bf16>)
-        return HWY_DYNAMIC_DISPATCH(BackwardF32Bf16);
-    else
-        return HWY_DYNAMIC_DISPATCH(BackwardF32F32);
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -319,10 +296,9 @@ void rms_norm(const Exec& ex, const RmsNormCall<X, Y>& call) {
     });
 }
 
-template <class X, class Y>
-void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<X, Y>& call) {
+void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<float, float>& call) {
     const int64_t t = call.in.x.shape[0], d = call.in.x.shape[1];
-    const auto kernel = backward_kernel<X, Y>();
+    const auto kernel = HWY_DYNAMIC_DISPATCH(Backward);
     const int64_t block_rows = std::max(kMinBlockRows, divide_up(t, kMaxBlocks));
     const int64_t blocks = divide_up(t, block_rows);
     const int64_t grain = std::max(divide_up(kGrainElements, block_rows * d), divide_up(blocks, ex.threads));
@@ -352,9 +328,6 @@ void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<X, Y>& call) {
 template void rms_norm(const Exec&, const RmsNormCall<float, float>&);
 template void rms_norm(const Exec&, const RmsNormCall<float, bf16>&);
 template void rms_norm(const Exec&, const RmsNormCall<bf16, bf16>&);
-template void rms_norm_backward(const Exec&, const RmsNormBackwardCall<float, float>&);
-template void rms_norm_backward(const Exec&, const RmsNormBackwardCall<float, bf16>&);
-template void rms_norm_backward(const Exec&, const RmsNormBackwardCall<bf16, bf16>&);
 
 }  // namespace ssm::cpu
 #endif  // HWY_ONCE

@@ -51,7 +51,9 @@ void add_forward(benchmark::State& state) {
     test::time_on_device(state, double{kT} * kD * (sizeof(X) + sizeof(Y) + 8), run);
 }
 
-template <class X, class Y, int64_t kD, Gate kGate>
+// What training in bf16 has: the residual's gradient, f32, is added to and its copy in Y written (kBranch);
+// gradients of the rest are written (kSet).
+template <class X, class Y, int64_t kD, Gate kGate, bool kSet, bool kBranch>
 void backward(benchmark::State& state) {
     const Exec& ex = test::cuda_exec();
     constexpr int64_t kT = kTokens;
@@ -59,34 +61,39 @@ void backward(benchmark::State& state) {
     RmsNormOptions options;
     options.gate = kGate;
     const Tensor x = test::random_on_device<X>(1, {kT, kD}), weight = test::random_on_device<float>(2, {kD}),
-                 z = test::random_on_device<Y>(4, {kT, kD}),
-                 grad_y = test::random_on_device<float>(3, {kT, kD}), rstd = Tensor::empty(ex, {kT, 1}),
-                 y = Tensor::empty(ex, {kT, kD}, dtype_of<Y>), grad_x = Tensor::zeros(ex, {kT, kD}),
-                 grad_z = Tensor::zeros(ex, {kT, kD}), grad_weight = Tensor::zeros(ex, {kD});
+                 z = test::random_on_device<Y>(4, {kT, kD}), grad_y = test::random_on_device<Y>(3, {kT, kD}),
+                 rstd = Tensor::empty(ex, {kT, 1}), y = Tensor::empty(ex, {kT, kD}, dtype_of<Y>),
+                 grad_x = Tensor::zeros(ex, {kT, kD}, dtype_of<X>),
+                 grad_z = Tensor::zeros(ex, {kT, kD}, dtype_of<Y>),
+                 branch = Tensor::zeros(ex, {kT, kD}, dtype_of<Y>), grad_weight = Tensor::zeros(ex, {kD});
     RmsNormInputs<X, Y> in{x.view<const X, 2>(), weight.view<const float, 1>(), {}};
-    RmsNormGradients grad{grad_x.view<float, 2>(), grad_weight.view<float, 1>(), {}};
-    if (kGated) in.z = z.view<const Y, 2>(), grad.z = grad_z.view<float, 2>();
+    RmsNormGradients<X, Y> grad{grad_x.view<X, 2>(), grad_weight.view<float, 1>(), {}, {}, kSet, kSet};
+    if (kGated) in.z = z.view<const Y, 2>(), grad.z = grad_z.view<Y, 2>();
+    if (kBranch) grad.branch = branch.view<Y, 2>();
     rms_norm<X, Y>(ex, in, y.view<Y, 2>(), rstd.view<float, 2>(), options);
     const auto run = [&] {
-        rms_norm_backward<X, Y>(ex, in, rstd.view<const float, 2>(), grad_y.view<const float, 2>(), grad,
+        rms_norm_backward<X, Y>(ex, in, rstd.view<const float, 2>(), grad_y.view<const Y, 2>(), grad,
                                 options);
     };
     // Checked by its test; here the weight's gradient of the whole shape, when the gate is simple.
     run();
     if (kGate != Gate::before) {
-        const auto g = test::from_device<float>(grad_y), s = test::from_device<float>(rstd);
+        const auto g = test::from_device<Y>(grad_y), gate = test::from_device<Y>(z);
+        const auto s = test::from_device<float>(rstd);
         const auto v = test::from_device<X>(x);
-        const auto gate = test::from_device<Y>(z);
         std::vector<double> expected(kD, 0.0);
         for (size_t i = 0; i < g.size(); ++i) {
             const double open = static_cast<double>(static_cast<float>(gate[i]));
-            expected[i % kD] += static_cast<double>(g[i]) * static_cast<double>(static_cast<float>(v[i])) *
+            expected[i % kD] += static_cast<double>(static_cast<float>(g[i])) *
+                                static_cast<double>(static_cast<float>(v[i])) *
                                 static_cast<double>(s[i / kD]) *
                                 (kGated ? open / (1 + std::exp(-open)) : 1.0);
         }
         test::require_right_on_device<float>(grad_weight, expected, 1e-4);
     }
-    test::time_on_device(state, double{kT} * kD * (sizeof(X) + 12 + (kGated ? sizeof(Y) + 8 : 0)), run);
+    const double each = sizeof(X) * (kSet ? 2 : 3) + sizeof(Y) * (kBranch ? 2 : 1) +
+                        (kGated ? sizeof(Y) * (kSet ? 2 : 3) : 0);
+    test::time_on_device(state, double{kT} * kD * each, run);
 }
 
 const bool registered = [] {
@@ -106,12 +113,14 @@ const bool registered = [] {
     add("add bf16 16384x768", add_forward<bf16, bf16, kTokens, 768>);
     add("add bf16 16384x1536", add_forward<bf16, bf16, kTokens, 1536>);
     add("add bf16 1x768", add_forward<bf16, bf16, 1, 768>);
-    add("backward f32 16384x768", backward<float, float, 768, Gate::none>);
-    add("backward f32 16384x1536", backward<float, float, 1536, Gate::none>);
-    add("backward bf16 16384x768", backward<bf16, bf16, 768, Gate::none>);
-    add("backward f32 to bf16 16384x768", backward<float, bf16, 768, Gate::none>);
-    add("backward gate before bf16 16384x1536", backward<bf16, bf16, 1536, Gate::before>);
-    add("backward gate after bf16 16384x1536", backward<bf16, bf16, 1536, Gate::after>);
+    add("backward f32 16384x768", backward<float, float, 768, Gate::none, false, false>);
+    add("backward f32 16384x1536", backward<float, float, 1536, Gate::none, false, false>);
+    add("backward f32 to bf16 16384x768", backward<float, bf16, 768, Gate::none, false, false>);
+    add("backward f32 to bf16, branch 16384x768", backward<float, bf16, 768, Gate::none, false, true>);
+    add("backward f32 to bf16, set, branch 16384x768", backward<float, bf16, 768, Gate::none, true, true>);
+    add("backward bf16 16384x768", backward<bf16, bf16, 768, Gate::none, false, false>);
+    add("backward gate before bf16 16384x1536", backward<bf16, bf16, 1536, Gate::before, true, false>);
+    add("backward gate after bf16 16384x1536", backward<bf16, bf16, 1536, Gate::after, true, false>);
     return true;
 }();
 

@@ -18,9 +18,9 @@ struct RmsNormCall {
 template <class X, class Y>
 struct RmsNormBackwardCall {
     RmsNormInputs<X, Y> in;
-    View<const float, 2> rstd;    // [t groups]
-    View<const float, 2> grad_y;  // [t d]
-    RmsNormGradients grad;
+    View<const float, 2> rstd;  // [t groups]
+    View<const Y, 2> grad_y;    // [t d]
+    RmsNormGradients<X, Y> grad;
     RmsNormOptions options;
 };
 
@@ -28,8 +28,7 @@ namespace cpu {
 
 template <class X, class Y>
 void rms_norm(const Exec& ex, const RmsNormCall<X, Y>& call);
-template <class X, class Y>
-void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<X, Y>& call);
+void rms_norm_backward(const Exec& ex, const RmsNormBackwardCall<float, float>& call);
 
 }  // namespace cpu
 

@@ -214,16 +214,17 @@ TEST(RmsNorm, StepsFoldToSequence) {
 }
 
 // Gradients of sum(grad_y * y) against finite differences of the f64 reference.
-template <class X, class Y>
-void check_gradients(const Case& c, double tol) {
+// `set`: they are written over NaN instead of added.
+void check_gradients(const Case& c, bool set, double tol) {
     SCOPED_TRACE(testing::Message() << "t " << c.t << " d " << c.d << " groups " << c.options.groups
                                     << " gate " << static_cast<int>(c.options.gate) << " unit "
                                     << c.options.unit_offset << " weighted " << c.weighted);
-    Data<X, Y> data(c);
-    Strided<float> grad_y(c.t, c.d, NAN), grad_x(c.t, c.d, 9.0f), grad_z(c.t, c.d, 9.0f);
+    Data<float, float> data(c);
+    Strided<float> grad_y(c.t, c.d, NAN), grad_x(c.t, c.d, 9.0f), grad_z(c.t, c.d, 9.0f),
+        branch(c.t, c.d, 9.0f);
     Random random(13);
     grad_y.assign(random.vector(c.t * c.d));
-    const std::vector<float> start(static_cast<size_t>(c.t * c.d), test::kGradientStart);
+    const std::vector<float> start(static_cast<size_t>(c.t * c.d), set ? NAN : test::kGradientStart);
     grad_x.assign(start);
     grad_z.assign(start);
     std::vector<float> grad_weight(static_cast<size_t>(c.d), test::kGradientStart);
@@ -243,15 +244,17 @@ void check_gradients(const Case& c, double tol) {
     const std::vector<double> want_z = test::finite_differences(reference.z, loss);
 
     const bool gated = c.options.gate != Gate::none;
-    RmsNormGradients grad{grad_x.view(), {}, {}};
+    RmsNormGradients<float, float> grad{grad_x.view(), {}, {}, branch.view(), set, set};
     if (c.weighted) grad.weight = {grad_weight.data(), {c.d}};
     if (gated) grad.z = grad_z.view();
     rms_norm_backward(make_cpu_exec(2), data.inputs(), {rstd.data(), {c.t, c.options.groups}}, grad_y.view(),
                       grad, c.options);
-    test::expect_close(test::added(grad_x.values()), want_x, tol, "grad x");
+    const auto now = [&](std::vector<float> v) { return set ? v : test::added(v); };
+    EXPECT_EQ(branch.values(), grad_x.values());
+    test::expect_close(now(grad_x.values()), want_x, tol, "grad x");
     if (c.weighted) test::expect_close(test::added(grad_weight), want_weight, tol, "grad weight");
-    if (gated) test::expect_close(test::added(grad_z.values()), want_z, tol, "grad z");
-    EXPECT_TRUE(grad_x.gaps_untouched(9.0f) && grad_z.gaps_untouched(9.0f));
+    if (gated) test::expect_close(now(grad_z.values()), want_z, tol, "grad z");
+    EXPECT_TRUE(grad_x.gaps_untouched(9.0f) && grad_z.gaps_untouched(9.0f) && branch.gaps_untouched(9.0f));
 }
 
 TEST(RmsNorm, GradientsMatchFiniteDifferences) {
@@ -261,9 +264,8 @@ TEST(RmsNorm, GradientsMatchFiniteDifferences) {
                 for (const int64_t groups : {1, 3}) {
                     const Case c{
                         5, 51, {.groups = groups, .unit_offset = groups == 3, .gate = gate}, weighted};
-                    check_gradients<float, float>(c, 1e-5);
-                    check_gradients<float, bf16>(c, 1e-5);
-                    check_gradients<bf16, bf16>(c, 1e-5);
+                    check_gradients(c, false, 1e-5);
+                    check_gradients(c, true, 1e-5);
                 }
             }
         }
@@ -332,6 +334,17 @@ TEST(RmsNorm, Errors) {
     expect_error("[rms_norm_backward] `grad.weight` is given but `weight` is absent", [&] {
         rms_norm_backward<float, float>(ex, {xv, {}, {}}, {x.data(), {2, 1}}, xv, {{}, {w.data(), {6}}, {}});
     });
+    expect_error("[rms_norm_backward] `grad.branch` is given but `grad.x` is absent", [&] {
+        rms_norm_backward<float, float>(ex, {xv, {}, {}}, {x.data(), {2, 1}}, xv, {{}, {}, {}, yv});
+    });
+    std::vector<bf16> low(12);
+    expect_error(
+        "[rms_norm_backward] gradients of bf16 activations need a GPU",
+        [&] {
+            rms_norm_backward<float, bf16>(ex, {xv, {}, {}}, {x.data(), {2, 1}}, {low.data(), {2, 6}},
+                                           {yv, {}, {}});
+        },
+        ErrorCode::unsupported);
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ int64_t check_sequences(const SelectiveScanInputs<T>& in) {
 }
 
 template <class T>
-void check_gradients(const SelectiveScanInputs<T>& in, const SelectiveScanGradients& grad, int64_t s) {
+void check_gradients(const SelectiveScanInputs<T>& in, const SelectiveScanGradients<T>& grad, int64_t s) {
     const int64_t t = in.u.shape[0], d = in.u.shape[1], n = in.A.shape[1];
     require_shape_if(kOp, "grad.u", "t d", grad.u, {t, d});
     require_shape_if(kOp, "grad.delta", "t d", grad.delta, {t, d});
@@ -86,8 +86,8 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
 
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> chunk_states, View<const T, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
                              const SelectiveScanOptions& options) {
     check_inputs(ex, in);
     const int64_t s = check_sequences(in), d = in.u.shape[1], n = in.A.shape[1];
@@ -101,7 +101,11 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
             return cuda::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad,
                                                  options);
     }
-    cpu::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad, options);
+    if constexpr (std::is_same_v<T, float>) {
+        cpu::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad, options);
+    } else {
+        fail(ErrorCode::unsupported, kOp, "gradients of bf16 activations need a GPU");
+    }
 }
 
 template <class T>
@@ -123,10 +127,10 @@ template void selective_scan(const Exec&, const SelectiveScanInputs<bf16>&, View
                              View<float, 3>, const SelectiveScanOptions&);
 template void selective_scan_backward(const Exec&, const SelectiveScanInputs<float>&, View<const float, 3>,
                                       View<const float, 2>, View<const float, 3>,
-                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+                                      const SelectiveScanGradients<float>&, const SelectiveScanOptions&);
 template void selective_scan_backward(const Exec&, const SelectiveScanInputs<bf16>&, View<const float, 3>,
-                                      View<const float, 2>, View<const float, 3>,
-                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+                                      View<const bf16, 2>, View<const float, 3>,
+                                      const SelectiveScanGradients<bf16>&, const SelectiveScanOptions&);
 template void selective_scan_step(const Exec&, const SelectiveScanInputs<float>&, View<float, 3>,
                                   View<float, 2>);
 template void selective_scan_step(const Exec&, const SelectiveScanInputs<bf16>&, View<float, 3>,

@@ -59,24 +59,31 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
                     View<float, 3> final_state, View<float, 3> chunk_states,
                     const SelectiveScanOptions& options = {});
 
-// Gradients, all f32, added to unless `set` asks for them to be written; absent ones are not computed.
+// Which gradients are written instead of added to.
+struct SelectiveScanSet {
+    bool u = false, delta = false, B = false, C = false, z = false;
+};
+
+// Gradients: of u and z of their type, the others f32. Added to unless `set` says otherwise (bf16 is added in
+// f32 and rounded); absent ones are not computed.
+template <class T>
 struct SelectiveScanGradients {
-    View<float, 2> u, delta, A, B, C;  // shapes of the inputs
+    View<T, 2> u;  // shapes of the inputs
+    View<float, 2> delta, A, B, C;
     View<float, 1> D;
-    View<float, 2> z;
+    View<T, 2> z;
     View<float, 1> delta_bias;
     View<float, 3> initial_state;
-    struct Set {
-        bool u = false, delta = false, B = false, C = false, z = false;
-    } set = {};
+    SelectiveScanSet set = {};
 };
 
 // The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent.
-// The states inside a chunk are recomputed from chunk_states. The result does not depend on timing.
+// The states inside a chunk are recomputed from chunk_states. The result does not depend on timing. T is f32,
+// on a GPU bf16 too. No gradient may alias an input or grad_y.
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> chunk_states, View<const T, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
                              const SelectiveScanOptions& options = {});
 
 // One token of each of s sequences: rows of `in` are sequences ([s d], [s n]); in.cu_seqlens and

@@ -73,11 +73,11 @@ HWY_INLINE void AddOrSet(bool set, float* p, ScanVec v, Lanes lanes) {
 }
 
 // One block of channels of one chunk: tokens t .. t + count, channels c ...
-template <class T, class Lanes>
+template <class Lanes>
 struct ChunkBackward {
-    const SelectiveScanInputs<T>& in;
+    const SelectiveScanInputs<float>& in;
     View<const float, 2> grad_y;
-    const SelectiveScanGradients& grad;
+    const SelectiveScanGradients<float>& grad;
     const GroupMemory& memory;
     int64_t block;  // within the group
     int64_t t, count, c;
@@ -245,13 +245,12 @@ struct ChunkBackward {
 };
 
 // Everything of one call.
-template <class T>
 struct Backward {
-    const SelectiveScanInputs<T>& in;
+    const SelectiveScanInputs<float>& in;
     View<const float, 3> chunk_states;
     View<const float, 2> grad_y;
     View<const float, 3> grad_final_state;
-    const SelectiveScanGradients& grad;
+    const SelectiveScanGradients<float>& grad;
     int64_t chunk;
     std::vector<int64_t> first_chunk;  // [s+1]
     int64_t q;                         // tokens of the longest chunk
@@ -295,8 +294,8 @@ struct Backward {
                 const int64_t next_t = last ? std::max<int64_t>(begin - chunk, 0) : begin;
                 const int64_t next_c = last ? c0 : c + kLanes;
                 WithLanes(c, d(), [&](auto lanes) {
-                    ChunkBackward<T, decltype(lanes)> work{in,    grad_y, grad,   memory, b,    begin,
-                                                           count, c,      next_t, next_c, lanes};
+                    ChunkBackward<decltype(lanes)> work{in,    grad_y, grad,   memory, b,    begin,
+                                                        count, c,      next_t, next_c, lanes};
                     work.Run(chunk_states.row(index) + c * n());
                 });
             }
@@ -367,10 +366,9 @@ struct Backward {
     }
 };
 
-template <class T>
-void Gradients(const Exec& ex, const SelectiveScanInputs<T>& in, View<const float, 3> chunk_states,
+void Gradients(const Exec& ex, const SelectiveScanInputs<float>& in, View<const float, 3> chunk_states,
                View<const float, 2> grad_y, View<const float, 3> grad_final_state,
-               const SelectiveScanGradients& grad, int64_t chunk) {
+               const SelectiveScanGradients<float>& grad, int64_t chunk) {
     int64_t longest = 0;
     for (size_t i = 1; i < in.cu_seqlens.size(); ++i) {
         longest = std::max(longest, in.cu_seqlens[i] - in.cu_seqlens[i - 1]);
@@ -378,28 +376,17 @@ void Gradients(const Exec& ex, const SelectiveScanInputs<T>& in, View<const floa
     const int64_t groups = (in.u.shape[1] + kGroup - 1) / kGroup;
     const int64_t size = groups * in.u.shape[0] * in.A.shape[1];
     Scratch<float> partials(ex, 2 * size);
-    Backward<T> backward{in,
-                         chunk_states,
-                         grad_y,
-                         grad_final_state,
-                         grad,
-                         chunk,
-                         selective_scan_first_chunks(in.cu_seqlens, chunk),
-                         std::min(chunk, longest),
-                         partials.data(),
-                         partials.data() + size};
+    Backward backward{in,
+                      chunk_states,
+                      grad_y,
+                      grad_final_state,
+                      grad,
+                      chunk,
+                      selective_scan_first_chunks(in.cu_seqlens, chunk),
+                      std::min(chunk, longest),
+                      partials.data(),
+                      partials.data() + size};
     backward.Run(ex);
-}
-
-void GradientsF32(const Exec& ex, const SelectiveScanInputs<float>& in, View<const float, 3> chunk_states,
-                  View<const float, 2> grad_y, View<const float, 3> grad_final_state,
-                  const SelectiveScanGradients& grad, int64_t chunk) {
-    Gradients(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
-}
-void GradientsBf16(const Exec& ex, const SelectiveScanInputs<bf16>& in, View<const float, 3> chunk_states,
-                   View<const float, 2> grad_y, View<const float, 3> grad_final_state,
-                   const SelectiveScanGradients& grad, int64_t chunk) {
-    Gradients(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
 }
 
 }  // namespace
@@ -408,26 +395,17 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace ssm {
-HWY_EXPORT(GradientsF32);
-HWY_EXPORT(GradientsBf16);
+HWY_EXPORT(Gradients);
 
 namespace cpu {
 
 template <>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<float>& in,
                              View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<float>& grad,
                              const SelectiveScanOptions& options) {
-    HWY_DYNAMIC_DISPATCH(GradientsF32)(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
+    HWY_DYNAMIC_DISPATCH(Gradients)(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
 }
-template <>
-void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<bf16>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
-                             const SelectiveScanOptions& options) {
-    HWY_DYNAMIC_DISPATCH(GradientsBf16)(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
-}
-
 }  // namespace cpu
 }  // namespace ssm
 #endif  // HWY_ONCE

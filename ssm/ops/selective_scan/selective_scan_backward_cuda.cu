@@ -64,22 +64,22 @@ __device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, floa
 }
 
 // The thread's pairs of a tile, to a matrix of gradients.
-template <int K, int S>
-__device__ inline void give_pairs(const View<float, 2>& to, int64_t t0, int count, int64_t d0,
+template <int K, int S, class T>
+__device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, int64_t d0,
                                   const float (&value)[Block<K, S>::kPairs], bool set) {
     constexpr int kChannels = Block<K, S>::kChannels;
     if (to.data == nullptr) return;
     const int first = static_cast<int>(threadIdx.x) / kChannels;
-    float* at = to.data + (t0 + first) * to.stride + d0 + static_cast<int>(threadIdx.x) % kChannels;
+    T* at = to.data + (t0 + first) * to.stride + d0 + static_cast<int>(threadIdx.x) % kChannels;
     const int64_t apart = S * to.stride;
     if (set) {
 #pragma unroll
         for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
-            if (first + i * S < count) *at = value[i];
+            if (first + i * S < count) *at = from_float<T>(value[i]);
     } else {
 #pragma unroll
         for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
-            if (first + i * S < count) *at += value[i];
+            if (first + i * S < count) *at = from_float<T>(to_float(*at) + value[i]);
     }
 }
 
@@ -91,8 +91,8 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
               first = static_cast<int>(threadIdx.x) / kChannels;
     if (d0 + channel >= p.u.shape[1]) return;
     float gu[kPairs], gdelta[kPairs], gz[kPairs];
-    PairTile<T, K, S> us, zs;
-    PairTile<float, K, S> deltas, grads;  // read again: kept, they would cost a block its registers
+    PairTile<T, K, S> us, zs, grads;
+    PairTile<float, K, S> deltas;  // read again: kept, they would cost a block its registers
     us.load(p.u, t0, count, d0), zs.load(p.z, t0, count, d0);
     deltas.load(p.delta, t0, count, d0), grads.load(p.grad_y, t0, count, d0);
 #pragma unroll
@@ -100,7 +100,7 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
         const int t = first + i * S;
         const float u = to_float(us.at[i]), y = fmaf(D, u, m.gradient[t][channel]);
         const float2 s = m.sums[t][channel];
-        float g = grads.at[i];
+        float g = to_float(grads.at[i]);
         if (p.z.data != nullptr) {
             const float z = to_float(zs.at[i]), slope = sigmoid_fast(z);
             gz[i] = g * y * silu_slope(z, slope);
@@ -238,8 +238,8 @@ void sum(const Exec& ex, const SumParams& p) {
 }
 
 template <class T>
-BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const float, 2> grad_y,
-                              const SelectiveScanGradients& grad) {
+BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const T, 2> grad_y,
+                              const SelectiveScanGradients<T>& grad) {
     BackwardParams<T> p{};
     require_stride(in.u), require_stride(in.z), require_stride(in.delta), require_stride(grad_y);
     require_stride(in.B), require_stride(in.C);
@@ -252,7 +252,7 @@ BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const float
 
 template <class T, int K, int S>
 void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const float, 3> grad_final_state,
-                  const SelectiveScanGradients& grad, const SelectiveScanOptions& options) {
+                  const SelectiveScanGradients<T>& grad, const SelectiveScanOptions& options) {
     const int64_t t = p.u.shape[0], d = p.A.shape[0], n = p.A.shape[1],
                   s = static_cast<int64_t>(cu.size()) - 1;
     p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
@@ -296,8 +296,8 @@ void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const 
 
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> chunk_states, View<const T, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
                              const SelectiveScanOptions& options) {
     const int64_t d = in.u.shape[1], n = in.A.shape[1];
     if (in.cu_seqlens.size() < 2 || d == 0) return;
@@ -317,9 +317,9 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
 
 template void selective_scan_backward(const Exec&, const SelectiveScanInputs<float>&, View<const float, 3>,
                                       View<const float, 2>, View<const float, 3>,
-                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+                                      const SelectiveScanGradients<float>&, const SelectiveScanOptions&);
 template void selective_scan_backward(const Exec&, const SelectiveScanInputs<bf16>&, View<const float, 3>,
-                                      View<const float, 2>, View<const float, 3>,
-                                      const SelectiveScanGradients&, const SelectiveScanOptions&);
+                                      View<const bf16, 2>, View<const float, 3>,
+                                      const SelectiveScanGradients<bf16>&, const SelectiveScanOptions&);
 
 }  // namespace ssm::cuda

@@ -10,8 +10,8 @@ namespace ssm::cuda {
 
 template <class T>
 struct BackwardParams {
-    View<const T, 2> u, z;
-    View<const float, 2> delta, A, B, C, grad_y;
+    View<const T, 2> u, z, grad_y;
+    View<const float, 2> delta, A, B, C;
     const float* D;
     const float* bias;
     bool softplus;
@@ -19,8 +19,9 @@ struct BackwardParams {
     int64_t d_blocks;
     const float* states;    // [tiles d n]: entering each tile of kTile tokens
     const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
-    View<float, 2> grad_u, grad_delta, grad_z;
-    SelectiveScanGradients::Set set;
+    View<T, 2> grad_u, grad_z;
+    View<float, 2> grad_delta;
+    SelectiveScanSet set;
     float* grad_initial;  // [s d n]
     // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of
     // a segment [segments d n] and [2 segments d] (D, then delta_bias).
@@ -33,8 +34,8 @@ struct BackwardParams {
 
 template <class T, int K, int S>
 struct BackwardIncoming {
-    PairTile<T, K, S> u, z;
-    PairTile<float, K, S> delta, grad_y;
+    PairTile<T, K, S> u, z, grad_y;
+    PairTile<float, K, S> delta;
     RowTile<K, S> B, C;
     float state[K];
 
@@ -55,7 +56,7 @@ struct BackwardIncoming {
         constexpr int kPairs = Block<K, S>::kPairs;
         const int first = static_cast<int>(threadIdx.x) / Block<K, S>::kChannels;
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) g[i] = mine ? grad_y.at[i] : 0.0f;
+        for (int i = 0; i < kPairs; ++i) g[i] = mine ? to_float(grad_y.at[i]) : 0.0f;
         if (gated) {
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) g[i] *= silu_fast(to_float(z.at[i]));

@@ -107,8 +107,8 @@ struct Data {
     View<T, 2> out() { return {y.data(), {t, shape.d}}; }
     View<float, 3> state_view() { return {state.data(), {shape.b, shape.d, shape.n}}; }
     View<float, 3> states_view() { return {states.data(), {chunks, shape.d, shape.n}}; }
-    SelectiveScanGradients gradients() {
-        SelectiveScanGradients g;
+    SelectiveScanGradients<float> gradients() {
+        SelectiveScanGradients<float> g;
         g.u = {gu.data(), {t, shape.d}}, g.delta = {gdelta.data(), {t, shape.d}};
         g.z = {gz.data(), {t, shape.d}}, g.A = {gA.data(), {shape.d, shape.n}};
         g.B = {gB.data(), {t, shape.n}}, g.C = {gC.data(), {t, shape.n}};
@@ -163,7 +163,7 @@ void backward(benchmark::State& state, T, const Shape& shape) {
     Data<T> data(shape, chunk);
     selective_scan(ex, data.in, data.out(), data.state_view(), data.states_view(), {.chunk = chunk});
     data.verify();
-    const SelectiveScanGradients grad = data.gradients();
+    const SelectiveScanGradients<float> grad = data.gradients();
     for (auto _ : state) {
         selective_scan_backward(ex, data.in, View<const float, 3>(data.states_view()),
                                 View<const float, 2>(data.grad_y.data(), {data.t, shape.d}), {}, grad,

@@ -12,6 +12,7 @@ namespace ssm {
 // first[i] is the index of sequence i's first chunk; first[s] the number of chunks.
 std::vector<int64_t> selective_scan_first_chunks(CuSeqlens cu_seqlens, int64_t chunk);
 
+// T = float alone goes backward on the CPU.
 namespace cpu {
 
 template <class T>
@@ -21,8 +22,8 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
 
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> chunk_states, View<const T, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
                              const SelectiveScanOptions& options);
 
 template <class T>
@@ -40,8 +41,8 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
 
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
-                             View<const float, 3> chunk_states, View<const float, 2> grad_y,
-                             View<const float, 3> grad_final_state, const SelectiveScanGradients& grad,
+                             View<const float, 3> chunk_states, View<const T, 2> grad_y,
+                             View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
                              const SelectiveScanOptions& options);
 
 template <class T>

@@ -259,19 +259,18 @@ TYPED_TEST(SelectiveScan, ChunkStatesAreTheStatesEnteringEachChunk) {
 }
 
 // The gradients of a problem; every buffer starts at 0.5 and holds padded rows where the inputs do.
-template <class T>
 struct Gradients {
     std::map<std::string, std::vector<float>> v;
 
-    Gradients(const Problem<T>& p, const std::vector<float>& grad_y, const std::vector<float>& grad_final,
-              int threads, int64_t chunk, SelectiveScanGradients::Set set = {}) {
+    Gradients(const Problem<float>& p, const std::vector<float>& grad_y, const std::vector<float>& grad_final,
+              int threads, int64_t chunk, SelectiveScanSet set = {}) {
         const Exec ex = make_cpu_exec(threads);
         const int64_t chunks = selective_scan_chunks(p.cu, chunk), wide = p.d + p.pad, narrow = p.n + p.pad;
         const auto states = run(p, threads, {.chunk = chunk}).chunk_states;
         auto start = [&](const char* name, int64_t size) {
             return (v[name] = std::vector<float>(static_cast<size_t>(size), test::kGradientStart)).data();
         };
-        SelectiveScanGradients grad{.set = set};
+        SelectiveScanGradients<float> grad{.set = set};
         grad.u = {start("u", p.t * wide), {p.t, p.d}, wide};
         grad.delta = {start("delta", p.t * wide), {p.t, p.d}, wide};
         grad.A = {start("A", p.d * p.n), {p.d, p.n}};
@@ -305,12 +304,11 @@ struct Gradients {
     }
 };
 
-template <class T>
-void check_gradients(const Problem<T>& p, int64_t chunk, int threads = 1) {
+void check_gradients(const Problem<float>& p, int64_t chunk, int threads = 1) {
     SCOPED_TRACE(testing::Message() << "d " << p.d << " n " << p.n << " t " << p.t << " chunk " << chunk);
     Random random(7);
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * p.d * p.n);
-    const Gradients<T> g(p, grad_y, grad_final, threads, chunk);
+    const Gradients g(p, grad_y, grad_final, threads, chunk);
     test::ScanReference r = p.reference;
     // Absent arguments still have gradients: at zero.
     if (r.delta_bias.empty()) r.delta_bias.assign(static_cast<size_t>(p.d), 0.0);
@@ -334,47 +332,47 @@ void check_gradients(const Problem<T>& p, int64_t chunk, int threads = 1) {
     }
 }
 
-TYPED_TEST(SelectiveScan, GradientsMatchFiniteDifferences) {
-    check_gradients(Problem<TypeParam>(5, 4, {6}), 64);
-    for (int64_t chunk : {1, 3, 4, 5}) check_gradients(Problem<TypeParam>(5, 3, {0, 4, 1, 5, 0}, 2), chunk);
-    check_gradients(Problem<TypeParam>(17, 16, {7}, 1), 4, 2);
-    check_gradients(Problem<TypeParam>(70, 1, {3, 2}), 2, 2);  // more than one group of channels
-    for (int64_t n : {2, 7, 8, 11, 32}) check_gradients(Problem<TypeParam>(3, n, {5}), 2);
+TEST(SelectiveScanGradient, GradientsMatchFiniteDifferences) {
+    check_gradients(Problem<float>(5, 4, {6}), 64);
+    for (int64_t chunk : {1, 3, 4, 5}) check_gradients(Problem<float>(5, 3, {0, 4, 1, 5, 0}, 2), chunk);
+    check_gradients(Problem<float>(17, 16, {7}, 1), 4, 2);
+    check_gradients(Problem<float>(70, 1, {3, 2}), 2, 2);  // more than one group of channels
+    for (int64_t n : {2, 7, 8, 11, 32}) check_gradients(Problem<float>(3, n, {5}), 2);
 }
 
-TYPED_TEST(SelectiveScan, GradientsWithoutOptionalArguments) {
+TEST(SelectiveScanGradient, GradientsWithoutOptionalArguments) {
     for (int bits = 0; bits < 32; ++bits) {
         const Flags flags{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0,
                           (bits & 16) != 0};
-        check_gradients(Problem<TypeParam>(3, 2, {4, 2}, 0, flags), 3);
+        check_gradients(Problem<float>(3, 2, {4, 2}, 0, flags), 3);
     }
 }
 
-TYPED_TEST(SelectiveScan, GradientsDoNotDependOnThreads) {
-    const Problem<TypeParam> p(200, 16, {40, 0, 70});
+TEST(SelectiveScanGradient, GradientsDoNotDependOnThreads) {
+    const Problem<float> p(200, 16, {40, 0, 70});
     Random random(9);
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * p.d * p.n);
-    const Gradients<TypeParam> one(p, grad_y, grad_final, 1, 16);
+    const Gradients one(p, grad_y, grad_final, 1, 16);
     for (int threads : {2, 3}) {
-        EXPECT_EQ(one.v, Gradients<TypeParam>(p, grad_y, grad_final, threads, 16).v);
+        EXPECT_EQ(one.v, Gradients(p, grad_y, grad_final, threads, 16).v);
     }
     for (int64_t chunk : {1, 7, 64}) {
-        for (const auto& [name, values] : Gradients<TypeParam>(p, grad_y, grad_final, 2, chunk).v) {
+        for (const auto& [name, values] : Gradients(p, grad_y, grad_final, 2, chunk).v) {
             expect_close(values, one.v.at(name), 1e-5, name.c_str());
         }
     }
 }
 
 // What `set` names loses what its buffer held; the rest is added to.
-TYPED_TEST(SelectiveScan, GradientsAreSetWhereAsked) {
-    const Problem<TypeParam> p(20, 16, {9, 0, 5}, 1);
+TEST(SelectiveScanGradient, GradientsAreSetWhereAsked) {
+    const Problem<float> p(20, 16, {9, 0, 5}, 1);
     Random random(9);
     const auto grad_y = random.vector(p.t * p.d), grad_final = random.vector(p.s * p.d * p.n);
-    const Gradients<TypeParam> added(p, grad_y, grad_final, 2, 4);
+    const Gradients added(p, grad_y, grad_final, 2, 4);
     const std::vector<std::string> names{"u", "delta", "B", "C", "z"};
     for (int which = 0; which < 5; ++which) {
-        const SelectiveScanGradients::Set set{which == 0, which == 1, which == 2, which == 3, which == 4};
-        for (const auto& [name, values] : Gradients<TypeParam>(p, grad_y, grad_final, 2, 4, set).v) {
+        const SelectiveScanSet set{which == 0, which == 1, which == 2, which == 3, which == 4};
+        for (const auto& [name, values] : Gradients(p, grad_y, grad_final, 2, 4, set).v) {
             const float lost = name == names[static_cast<size_t>(which)] ? test::kGradientStart : 0.0f;
             std::vector<double> expected;
             for (const float x : added.v.at(name)) expected.push_back(static_cast<double>(x - lost));
@@ -455,7 +453,7 @@ TEST(SelectiveScanGolden, Backward) {
     for (const char* name : {"u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0"}) {
         grads[name].assign(g.v.at(name).size(), test::kGradientStart);
     }
-    SelectiveScanGradients grad;
+    SelectiveScanGradients<float> grad;
     grad.u = {grads["u"].data(), {g.t, g.d}}, grad.delta = {grads["delta"].data(), {g.t, g.d}};
     grad.A = {grads["A"].data(), {g.d, g.n}}, grad.D = {grads["D"].data(), {g.d}};
     grad.B = {grads["B"].data(), {g.t, g.n}}, grad.C = {grads["C"].data(), {g.t, g.n}};
@@ -507,11 +505,17 @@ TEST(SelectiveScanErrors, NameTheArgument) {
         selective_scan_backward(ex, p.inputs(), {}, View<const float, 2>(y.data(), {3, 4}), {}, {});
     });
     in = p.inputs(), in.D = {};
-    SelectiveScanGradients grad;
+    SelectiveScanGradients<float> grad;
     grad.D = {state.data(), {4}};
     expect_error("[selective_scan] `grad.D` is given but `D` is absent", [&] {
         selective_scan_backward(ex, in, View<const float, 3>(state.data(), {1, 4, 2}),
                                 View<const float, 2>(y.data(), {3, 4}), {}, grad);
+    });
+    const Problem<bf16> rounded(4, 2, {3});
+    const std::vector<bf16> grad_y(12);
+    expect_error("[selective_scan] gradients of bf16 activations need a GPU", [&] {
+        selective_scan_backward<bf16>(ex, rounded.inputs(), {state.data(), {1, 4, 2}},
+                                      {grad_y.data(), {3, 4}}, {}, {});
     });
 }
 

@@ -71,8 +71,8 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
 
 template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                  const SsdGradients& grad, const SsdOptions& options) {
+                  View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
+                  const SsdOptions& options) {
     constexpr std::string_view op = "ssd_backward";
     const Sizes z = check_inputs(op, ex, in);
     const int64_t s = check_sequences(op, in, z, options.chunk);
@@ -100,7 +100,11 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
         if (ex.device == Device::cuda)
             return cuda::ssd_backward<T>(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
     }
-    cpu::ssd_backward<T>(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
+    if constexpr (std::is_same_v<T, float>) {
+        cpu::ssd_backward<T>(ex, in, chunk_states, grad_y, grad_final_state, grad, options.chunk);
+    } else {
+        fail(ErrorCode::unsupported, op, "gradients of bf16 activations need a GPU");
+    }
 }
 
 template <class T>
@@ -120,10 +124,10 @@ template void ssd<float>(const Exec&, const SsdInputs<float>&, View<float, 3>, V
 template void ssd<bf16>(const Exec&, const SsdInputs<bf16>&, View<bf16, 3>, View<float, 4>, View<float, 4>,
                         const SsdOptions&);
 template void ssd_backward<float>(const Exec&, const SsdInputs<float>&, View<const float, 4>,
-                                  View<const float, 3>, View<const float, 4>, const SsdGradients&,
+                                  View<const float, 3>, View<const float, 4>, const SsdGradients<float>&,
                                   const SsdOptions&);
 template void ssd_backward<bf16>(const Exec&, const SsdInputs<bf16>&, View<const float, 4>,
-                                 View<const float, 3>, View<const float, 4>, const SsdGradients&,
+                                 View<const bf16, 3>, View<const float, 4>, const SsdGradients<bf16>&,
                                  const SsdOptions&);
 template void ssd_step<float>(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
 template void ssd_step<bf16>(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);

@@ -58,23 +58,32 @@ template <class T>
 void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> final_state,
          View<float, 4> chunk_states, const SsdOptions& options = {});
 
-// Gradients, all f32, all added to; absent ones are not computed.
+// Which gradients are written instead of added to.
+struct SsdSet {
+    bool x = false, dt = false, B = false, C = false;
+};
+
+// Gradients: of x, dt, B and C of their type, the others f32. Added to unless `set` says otherwise (bf16 is
+// added in f32 and rounded); absent ones are not computed. Rows may be strided: slices of the gradient of one
+// projection.
+template <class T>
 struct SsdGradients {
-    View<float, 3> x;
-    View<float, 2> dt;  // of the raw dt, before bias, softplus and clamp
+    View<T, 3> x;
+    View<T, 2> dt;  // of the raw dt, before bias, softplus and clamp
     View<float, 1> A;
-    View<float, 3> B, C;
+    View<T, 3> B, C;
     View<float, 2> D;
     View<float, 1> dt_bias;
     View<float, 4> initial_state;
+    SsdSet set = {};
 };
 
-// Adds the gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be
-// absent.
+// The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent. T
+// is f32, on a GPU bf16 too. No gradient may alias an input or grad_y.
 template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                  const SsdGradients& grad, const SsdOptions& options = {});
+                  View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
+                  const SsdOptions& options = {});
 
 // One token of each of s sequences: rows of `in` are sequences; in.cu_seqlens and in.initial_state are
 // ignored. `state` [s h p n] is advanced in place.

@@ -59,14 +59,13 @@ int64_t place_grad_scratch(float* memory, int64_t q, int64_t p, int64_t n, GradS
     return used;
 }
 
-template <class T>
 struct Backward {
     const Exec& ex;
-    const SsdInputs<T>& in;
+    const SsdInputs<float>& in;
     View<const float, 4> chunk_states;
     View<const float, 3> grad_y;
     View<const float, 4> grad_final_state;
-    const SsdGradients& grad;
+    const SsdGradients<float>& grad;
     ChunkList list;
     int64_t h, p, g, n, q;  // q: the longest chunk
     float* shared;          // [chunks g] of GroupChunk
@@ -297,6 +296,7 @@ struct Backward {
             }
             if (!grad.x) continue;
             float* const to = grad.x.row(chunk.begin + i) + head * p;
+            if (grad.set.x) std::fill(to, to + p, 0.0f);
             const float *const gX = m.grad_X + at, *const gy = m.grad_y + at;
             if (wide) {
                 for (int64_t j = 0; j < p; ++j) to[j] += dt * gX[j] + D[j] * gy[j];
@@ -316,10 +316,22 @@ struct Backward {
             sum_A += suffix * static_cast<double>(m.steps.dt[i]);
             const float raw = (m.grad_dt[i] + A * static_cast<float>(suffix)) * m.slope[i];
             sum_bias += static_cast<double>(raw);
-            if (grad.dt) grad.dt.row(chunk.begin + i)[head] += raw;
+            if (!grad.dt) continue;
+            float& to = grad.dt.row(chunk.begin + i)[head];
+            to = grad.set.dt ? raw : to + raw;
         }
         sums[0] = static_cast<float>(sum_A);
         sums[1] = static_cast<float>(sum_bias);
+    }
+
+    void give_row(const float* row, const View<float, 3>& to, bool set, int64_t t, int64_t group) const {
+        if (!to) return;
+        float* const out = to.row(t) + group * n;
+        if (set) {
+            std::copy(row, row + n, out);
+        } else {
+            add_row(row, n, out);
+        }
     }
 
     // Phase 3.
@@ -360,8 +372,8 @@ struct Backward {
         if (grad.B) multiply(columns, Triangle::upper);
         for (int64_t i = 0; i < length; ++i) {
             const int64_t t = chunk.begin + i;
-            if (grad.C) add_row(m.grad_C + i * stride_n(), n, grad.C.row(t) + group * n);
-            if (grad.B) add_row(m.grad_B + i * stride_n(), n, grad.B.row(t) + group * n);
+            give_row(m.grad_C + i * stride_n(), grad.C, grad.set.C, t, group);
+            give_row(m.grad_B + i * stride_n(), grad.B, grad.set.B, t, group);
         }
     }
 
@@ -410,10 +422,9 @@ struct Backward {
     }
 };
 
-template <class T>
-void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-              View<const float, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients& grad,
-              int64_t chunk) {
+void backward(const Exec& ex, const SsdInputs<float>& in, View<const float, 4> chunk_states,
+              View<const float, 3> grad_y, View<const float, 4> grad_final_state,
+              const SsdGradients<float>& grad, int64_t chunk) {
     ChunkList list = ssd_detail::make_chunks(in.cu_seqlens, chunk);
     const int64_t q = list.longest, count = static_cast<int64_t>(list.chunks.size());
     const int64_t h = in.x.shape[1], p = in.x.shape[2], g = in.B.shape[1], n = in.B.shape[2];
@@ -423,24 +434,24 @@ void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk
     const int64_t partial = (count * h * (2 + p) + 15) / 16 * 16;
     const Scratch<float> memory(ex, static_cast<size_t>(shared + states + partial + workers * per_worker));
     float* const m = memory.data();
-    Backward<T>{ex,
-                in,
-                chunk_states,
-                grad_y,
-                grad_final_state,
-                grad,
-                std::move(list),
-                h,
-                p,
-                g,
-                n,
-                q,
-                m,
-                m + shared,
-                m + shared + states,
-                m + shared + states + partial,
-                per_worker,
-                workers}
+    Backward{ex,
+             in,
+             chunk_states,
+             grad_y,
+             grad_final_state,
+             grad,
+             std::move(list),
+             h,
+             p,
+             g,
+             n,
+             q,
+             m,
+             m + shared,
+             m + shared + states,
+             m + shared + states + partial,
+             per_worker,
+             workers}
         .run();
 }
 
@@ -448,12 +459,7 @@ void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk
 
 void SsdBackwardF32(const Exec& ex, const SsdInputs<float>& in, View<const float, 4> chunk_states,
                     View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                    const SsdGradients& grad, int64_t chunk) {
-    backward(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
-}
-void SsdBackwardBf16(const Exec& ex, const SsdInputs<bf16>& in, View<const float, 4> chunk_states,
-                     View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                     const SsdGradients& grad, int64_t chunk) {
+                    const SsdGradients<float>& grad, int64_t chunk) {
     backward(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
 }
 
@@ -463,7 +469,6 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace ssm {
 HWY_EXPORT(SsdBackwardF32);
-HWY_EXPORT(SsdBackwardBf16);
 }  // namespace ssm
 
 namespace ssm::cpu {
@@ -471,15 +476,8 @@ namespace ssm::cpu {
 template <>
 void ssd_backward<float>(const Exec& ex, const SsdInputs<float>& in, View<const float, 4> chunk_states,
                          View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                         const SsdGradients& grad, int64_t chunk) {
+                         const SsdGradients<float>& grad, int64_t chunk) {
     HWY_DYNAMIC_DISPATCH(SsdBackwardF32)(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
 }
-template <>
-void ssd_backward<bf16>(const Exec& ex, const SsdInputs<bf16>& in, View<const float, 4> chunk_states,
-                        View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                        const SsdGradients& grad, int64_t chunk) {
-    HWY_DYNAMIC_DISPATCH(SsdBackwardBf16)(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
-}
-
 }  // namespace ssm::cpu
 #endif  // HWY_ONCE

@@ -35,49 +35,21 @@ __device__ void each_of_state(Sum (&Z)[N / 32], int rows, int64_t n, const F& f)
     }
 }
 
-// A tile on its way: grad y, which is rounded on arrival, waits in registers.
-constexpr int kPacks = kQ * kP / 4 / kPassThreads;
-struct Arriving {
-    Pack<float, 4> grad_y[kPacks];
-    float2 raw;
-};
-
+// A tile on its way, its raw time steps in a warp's registers.
 template <class T, int N>
-__device__ void send(Arriving& r, PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, int64_t t,
-                     int length) {
+__device__ float2 send(PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, int64_t t,
+                       int length) {
     copy_tile<kQ, N, kPassThreads>(m.C, a.in.C.data + t * a.in.C.stride + part.h / (a.heads / a.groups) * a.n,
                                    a.in.C.stride, length, static_cast<int>(a.n), a.packed_C);
-    const float* from = a.grad_y.data + t * a.grad_y.stride + part.h * a.p + part.p0;
-    if (a.packed_grad_y) {
-#pragma unroll
-        for (int k = 0; k < kPacks; ++k) {
-            const int i = static_cast<int>(threadIdx.x) + k * kPassThreads, row = i / (kP / 4),
-                      column = i % (kP / 4) * 4;
-            r.grad_y[k] = {};
-            if (row < length && column < part.columns)
-                r.grad_y[k] = load_pack<4>(from + row * a.grad_y.stride + column);
-        }
-    } else {
-        load_tile<kQ, kP, kPassThreads>(m.grad_y, from, a.grad_y.stride, length, part.columns, false);
-    }
-    if (threadIdx.x < kWarp) r.raw = raw_pair(a.in, t, length, part.h);
+    copy_tile<kQ, kP, kPassThreads>(m.grad_y, a.grad_y.data + t * a.grad_y.stride + part.h * a.p + part.p0,
+                                    a.grad_y.stride, length, part.columns, a.packed_grad_y);
+    return threadIdx.x < kWarp ? raw_pair(a.in, t, length, part.h) : float2{};
 }
 template <class T, int N>
-__device__ void receive(const Arriving& r, PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part,
+__device__ void receive(PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, float2 raw,
                         int length) {
-    if (a.packed_grad_y) {
-#pragma unroll
-        for (int k = 0; k < kPacks; ++k) {
-            const int i = static_cast<int>(threadIdx.x) + k * kPassThreads, row = i / (kP / 4),
-                      column = i % (kP / 4) * 4;
-            Pack<T, 4> v;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) v.at[e] = from_float<T>(r.grad_y[k].at[e]);
-            store_pack(m.grad_y + row * kLdP + column, v);
-        }
-    }
     if (threadIdx.x < kWarp) {
-        make_decays(m.d, a.in, r.raw, length, part.h);
+        make_decays(m.d, a.in, raw, length, part.h);
         __syncwarp();
         for (int j = threadIdx.x; j < kQ; j += kWarp) m.w[j] = __expf(m.d.l[j]);
     }
@@ -117,23 +89,23 @@ __global__ void __launch_bounds__(kPassThreads, 2) Pass(const __grid_constant__ 
         const float* from = a.grad_final_state.data + s * a.grad_final_state.stride + offset;
         each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { z = from[at]; });
     }
-    Arriving arriving;
+    float2 raw{};
     const auto begin_of = [&](int64_t chunk) { return begin + (chunk - first) * a.chunk; };
     const auto length_of = [&](int64_t chunk) {
         return static_cast<int>(min(end - begin_of(chunk), a.chunk));
     };
     int64_t chunk = a.first.offset(s + 1) - 1;
     if (chunk >= first) {
-        send(arriving, m.in[0], a, part, begin_of(chunk), length_of(chunk));
-        receive(arriving, m.in[0], a, part, length_of(chunk));
+        raw = send(m.in[0], a, part, begin_of(chunk), length_of(chunk));
+        receive(m.in[0], a, part, raw, length_of(chunk));
     }
     for (int now = 0; chunk >= first; --chunk, now = 1 - now) {
         __syncthreads();  // this tile is there, the other one is read
-        if (chunk > first) send(arriving, m.in[1 - now], a, part, begin_of(chunk - 1), length_of(chunk - 1));
+        if (chunk > first) raw = send(m.in[1 - now], a, part, begin_of(chunk - 1), length_of(chunk - 1));
         T* to = a.Z + chunk * a.heads * a.p * a.n + offset;
         each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { to[at] = from_float<T>(z); });
         retreat<T, N>(Z, m.in[now], length_of(chunk));
-        if (chunk > first) receive(arriving, m.in[1 - now], a, part, length_of(chunk - 1));
+        if (chunk > first) receive(m.in[1 - now], a, part, raw, length_of(chunk - 1));
     }
     if (a.grad.initial_state.data == nullptr) return;
     float* to = a.grad.initial_state.data + s * a.grad.initial_state.stride + offset;
@@ -146,23 +118,36 @@ __global__ void __launch_bounds__(kReduceThreads) ReduceSlices(const __grid_cons
     const int64_t width = a.groups * a.n, count = a.tokens * width;
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
     if (i >= count) return;
-    const auto add = [&](const View<float, 3>& grad, const float* partial) {
+    const auto give = [&](const View<T, 3>& grad, const float* partial, bool set) {
         if (grad.data == nullptr) return;
         float sum = 0.0f;
         for (int64_t s = 0; s < a.slices; ++s) sum += partial[s * count + i];
-        grad.data[i / width * grad.stride + i % width] += sum;
+        T& to = grad.data[i / width * grad.stride + i % width];
+        to = from_float<T>(set ? sum : to_float(to) + sum);
     };
-    add(a.grad.B, a.B);
-    add(a.grad.C, a.C);
+    give(a.grad.B, a.B, a.grad.set.B);
+    give(a.grad.C, a.C, a.grad.set.C);
 }
 
+// Read along the tokens, written along the heads: kWarp of each.
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) ReduceTime(const __grid_constant__ BackwardParams<T> a) {
-    const int64_t t = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x, h = blockIdx.y;
-    if (t >= a.tokens) return;
-    float sum = 0.0f;
-    for (int64_t tile = 0; tile < a.ptiles; ++tile) sum += a.dt[(h * a.ptiles + tile) * a.tokens + t];
-    a.grad.dt.data[t * a.grad.dt.stride + h] += sum;
+    constexpr int kStep = kReduceThreads / kWarp;
+    __shared__ float sums[kWarp][kWarp + 1];
+    const int x = threadIdx.x % kWarp, y = threadIdx.x / kWarp;
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kWarp,
+                  h0 = static_cast<int64_t>(blockIdx.y) * kWarp;
+    for (int i = y; i < kWarp && t0 + x < a.tokens && h0 + i < a.heads; i += kStep) {
+        float sum = 0.0f;
+        for (int64_t tile = 0; tile < a.ptiles; ++tile)
+            sum += a.dt[((h0 + i) * a.ptiles + tile) * a.tokens + t0 + x];
+        sums[i][x] = sum;
+    }
+    __syncthreads();
+    for (int i = y; i < kWarp && t0 + i < a.tokens && h0 + x < a.heads; i += kStep) {
+        T& to = a.grad.dt.data[(t0 + i) * a.grad.dt.stride + h0 + x];
+        to = from_float<T>(a.grad.set.dt ? sums[x][i] : to_float(to) + sums[x][i]);
+    }
 }
 
 // A block per head: grad A, grad dt_bias, grad D.
@@ -218,7 +203,7 @@ void launch(const Exec& ex, const BackwardParams<T>& a) {
         check_launch(op);
     }
     if (a.grad.dt) {
-        const dim3 grid(blocks_for(a.tokens, kReduceThreads), static_cast<unsigned>(a.heads));
+        const dim3 grid(blocks_for(a.tokens, kWarp), blocks_for(a.heads, kWarp));
         ReduceTime<T><<<grid, kReduceThreads, 0, stream>>>(a);
         check_launch(op);
     }
@@ -228,8 +213,8 @@ void launch(const Exec& ex, const BackwardParams<T>& a) {
 
 template <class T>
 BackwardParams<T> make_params(const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                              View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                              const SsdGradients& grad) {
+                              View<const T, 3> grad_y, View<const float, 4> grad_final_state,
+                              const SsdGradients<T>& grad) {
     BackwardParams<T> a{in, chunk_states, grad_final_state, grad_y, grad};
     a.heads = in.x.shape[1];
     a.p = in.x.shape[2];
@@ -243,6 +228,9 @@ BackwardParams<T> make_params(const SsdInputs<T>& in, View<const float, 4> chunk
     a.packed_grad_y = packed16(grad_y.data, grad_y.stride, grad_y.shape);
     a.packed_state = packed16(chunk_states.data, chunk_states.stride, chunk_states.shape);
     a.packed_Z = a.n % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+    a.paired_x = packable(grad.x.data, grad.x.stride, 2) && a.p % 2 == 0;
+    a.paired_B = packable(grad.B.data, grad.B.stride, 2) && a.n % 2 == 0;
+    a.paired_C = packable(grad.C.data, grad.C.stride, 2) && a.n % 2 == 0;
     return a;
 }
 
@@ -255,7 +243,7 @@ int64_t slices_of(const Exec& ex, const BackwardParams<T>& a) {
 
 template <class T>
 void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-              View<const float, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients& grad,
+              View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
               int64_t chunk) {
     BackwardParams<T> a = make_params(in, chunk_states, grad_y, grad_final_state, grad);
     const std::vector<int64_t> first = first_chunks(in.cu_seqlens, chunk);
@@ -288,8 +276,8 @@ void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk
 
 template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                  const SsdGradients& grad, int64_t chunk) {
+                  View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
+                  int64_t chunk) {
     require_state_width("ssd_backward", in.B.shape[2]);
     if (chunk <= kQ) return backward(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
     // Longer chunks are cut; the states entering the pieces are computed again.
@@ -303,8 +291,8 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
 }
 
 template void ssd_backward(const Exec&, const SsdInputs<float>&, View<const float, 4>, View<const float, 3>,
-                           View<const float, 4>, const SsdGradients&, int64_t);
-template void ssd_backward(const Exec&, const SsdInputs<bf16>&, View<const float, 4>, View<const float, 3>,
-                           View<const float, 4>, const SsdGradients&, int64_t);
+                           View<const float, 4>, const SsdGradients<float>&, int64_t);
+template void ssd_backward(const Exec&, const SsdInputs<bf16>&, View<const float, 4>, View<const bf16, 3>,
+                           View<const float, 4>, const SsdGradients<bf16>&, int64_t);
 
 }  // namespace ssm::cuda

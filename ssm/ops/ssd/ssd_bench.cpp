@@ -121,7 +121,7 @@ void backward(benchmark::State& state, const Shape& shape, int64_t chunk) {
     std::vector<float> gbias(c.h), grad_y = Random(3).vector(c.t() * c.h * c.p);
     const View<float, 4> states_view(states.data(), {chunks, c.h, c.p, c.n});
     ssd<float>(ex, in, View<float, 3>(y.data(), {c.t(), c.h, c.p}), {}, states_view, {.chunk = chunk});
-    SsdGradients grad;
+    SsdGradients<float> grad;
     grad.x = {gx.data(), {c.t(), c.h, c.p}};
     grad.dt = {gdt.data(), {c.t(), c.h}};
     grad.A = {gA.data(), {c.h}};

@@ -63,22 +63,23 @@ struct Arguments {
         in.cu_seqlens = cu_seqlens;
         states = Tensor::zeros(cuda_exec(), {ssd_chunks(cu_seqlens, 64), s.h, s.p, s.n});
     }
-    SsdGradients gradients(const Shape& s) {
+    // Written, not added to, as in training.
+    SsdGradients<T> gradients(const Shape& s) {
         const Exec& ex = cuda_exec();
-        grad_y = random_tensor<float>(8, {s.t(), s.h, s.p});
-        gx = Tensor::zeros(ex, {s.t(), s.h, s.p});
-        gdt = Tensor::zeros(ex, {s.t(), s.h});
+        grad_y = random_tensor<T>(8, {s.t(), s.h, s.p});
+        gx = Tensor::zeros(ex, {s.t(), s.h, s.p}, dtype_of<T>);
+        gdt = Tensor::zeros(ex, {s.t(), s.h}, dtype_of<T>);
         gA = Tensor::zeros(ex, {s.h});
-        gB = Tensor::zeros(ex, {s.t(), s.g, s.n});
-        gC = Tensor::zeros(ex, {s.t(), s.g, s.n});
+        gB = Tensor::zeros(ex, {s.t(), s.g, s.n}, dtype_of<T>);
+        gC = Tensor::zeros(ex, {s.t(), s.g, s.n}, dtype_of<T>);
         gD = Tensor::zeros(ex, {s.h, 1});
         gbias = Tensor::zeros(ex, {s.h});
-        SsdGradients g;
-        g.x = gx.view<float, 3>();
-        g.dt = gdt.view<float, 2>();
+        SsdGradients<T> g{.set = {true, true, true, true}};
+        g.x = gx.view<T, 3>();
+        g.dt = gdt.view<T, 2>();
         g.A = gA.view<float, 1>();
-        g.B = gB.view<float, 3>();
-        g.C = gC.view<float, 3>();
+        g.B = gB.view<T, 3>();
+        g.C = gC.view<T, 3>();
         g.D = gD.view<float, 2>();
         g.dt_bias = gbias.view<float, 1>();
         return g;
@@ -159,29 +160,30 @@ void forward(benchmark::State& state, const Shape& s, bool save) {
 template <class T>
 void backward(benchmark::State& state, const Shape& s) {
     Arguments<T> a(s);
-    const SsdGradients g = a.gradients(s);
+    const SsdGradients<T> g = a.gradients(s);
     ssd<T>(cuda_exec(), a.in, a.y.template view<T, 3>(), {}, a.states.template view<float, 4>());
     const auto call = [&](int64_t) {
         ssd_backward<T>(cuda_exec(), a.in, a.states.template view<const float, 4>(),
-                        a.grad_y.template view<const float, 3>(), {}, g);
+                        a.grad_y.template view<const T, 3>(), {}, g);
     };
     call(0);
     // The loss is linear in C, so sum(C grad C) = sum(grad_y (y - D x)).
     const auto C = from_device<T>(a.C), x = from_device<T>(a.x), y = from_device<T>(a.y);
-    const auto gC = from_device<float>(a.gC), gy = from_device<float>(a.grad_y), D = from_device<float>(a.D);
+    const auto gC = from_device<T>(a.gC), gy = from_device<T>(a.grad_y);
+    const auto D = from_device<float>(a.D);
     double by_C = 0, by_y = 0, size = 0;
-    for (size_t i = 0; i < C.size(); ++i) by_C += static_cast<double>(static_cast<float>(C[i])) * gC[i];
+    for (size_t i = 0; i < C.size(); ++i)
+        by_C += static_cast<double>(static_cast<float>(C[i]) * static_cast<float>(gC[i]));
     for (size_t i = 0; i < y.size(); ++i) {
-        const double v = gy[i] * (static_cast<double>(static_cast<float>(y[i])) -
-                                  D[i / s.p % s.h] * static_cast<float>(x[i]));
+        const double v = static_cast<float>(gy[i]) * (static_cast<double>(static_cast<float>(y[i])) -
+                                                      D[i / s.p % s.h] * static_cast<float>(x[i]));
         by_y += v;
         size += v * v;
     }
     if (!(std::abs(by_C - by_y) <= 2e-2 * std::sqrt(size))) return state.SkipWithError("wrong answer");
-    // x, grad y, states read; grad x, B, C read and written.
-    const double bytes =
-        static_cast<double>(a.x.bytes() + a.grad_y.bytes() + a.states.bytes() + 2 * a.gx.bytes() +
-                            a.B.bytes() + a.C.bytes() + 2 * a.gB.bytes() + 2 * a.gC.bytes());
+    // x, dt, B, C, grad y, states read; grad x, dt, B, C written.
+    const double bytes = static_cast<double>(a.x.bytes() + a.grad_y.bytes() + a.states.bytes() +
+                                             a.gx.bytes() + 2 * (a.B.bytes() + a.C.bytes() + a.dt.bytes()));
     time_it(state, 2.0 * forward_flop(s), bytes, call);
 }
 

@@ -39,6 +39,7 @@ inline ChunkList make_chunks(CuSeqlens cu_seqlens, int64_t q) {
 
 }  // namespace ssm::ssd_detail
 
+// T = float alone goes backward on the CPU.
 namespace ssm::cpu {
 
 template <class T>
@@ -46,8 +47,8 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
          View<float, 4> chunk_states, int64_t chunk);
 template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                  const SsdGradients& grad, int64_t chunk);
+                  View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
+                  int64_t chunk);
 template <class T>
 void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
 
@@ -60,8 +61,8 @@ void ssd(const Exec& ex, const SsdInputs<T>& in, View<T, 3> y, View<float, 4> fi
          View<float, 4> chunk_states, int64_t chunk);
 template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                  View<const float, 3> grad_y, View<const float, 4> grad_final_state,
-                  const SsdGradients& grad, int64_t chunk);
+                  View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
+                  int64_t chunk);
 template <class T>
 void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
 

@@ -36,16 +36,16 @@ struct Gradients {
     std::vector<float> x, dt, A, B, C, D, dt_bias, initial_state;
 };
 
-// Gradients of sum(grad_y y) + sum(grad_final_state final_state), in buffers that start at kGradientStart.
-template <class T>
-Gradients run_backward(const SsdCase& c, SsdInputs<T> in, const std::vector<float>& chunk_states,
-                       const std::vector<float>& grad_y, const std::vector<float>& grad_final_state,
-                       int64_t chunk, int threads = 2) {
+// Gradients of sum(grad_y y) + sum(grad_final_state final_state), in buffers that start at kGradientStart,
+// which is subtracted from all.
+inline Gradients run_backward(const SsdCase& c, SsdInputs<float> in, const std::vector<float>& chunk_states,
+                              const std::vector<float>& grad_y, const std::vector<float>& grad_final_state,
+                              int64_t chunk, int threads = 2, SsdSet set = {}) {
     const Exec ex = make_cpu_exec(threads);
     const auto start = [](int64_t count) { return std::vector<float>(count, kGradientStart); };
     Gradients g{start(c.t() * c.h * c.p), start(c.t() * c.h),     start(c.h), start(c.t() * c.g * c.n),
                 start(c.t() * c.g * c.n), start(c.h * c.D_width), start(c.h), start(c.s() * state_size(c))};
-    SsdGradients v;
+    SsdGradients<float> v{.set = set};
     v.x = {g.x.data(), {c.t(), c.h, c.p}};
     v.dt = {g.dt.data(), {c.t(), c.h}};
     v.A = {g.A.data(), {c.h}};
@@ -56,7 +56,7 @@ Gradients run_backward(const SsdCase& c, SsdInputs<T> in, const std::vector<floa
     v.initial_state = {g.initial_state.data(), {c.s(), c.h, c.p, c.n}};
     View<const float, 4> grad_final;
     if (!grad_final_state.empty()) grad_final = {grad_final_state.data(), {c.s(), c.h, c.p, c.n}};
-    ssd_backward<T>(
+    ssd_backward<float>(
         ex, in, View<const float, 4>(chunk_states.data(), {ssd_chunks(c.cu_seqlens, chunk), c.h, c.p, c.n}),
         View<const float, 3>(grad_y.data(), {c.t(), c.h, c.p}), grad_final, v, {.chunk = chunk});
     for (std::vector<float>* f : {&g.x, &g.dt, &g.A, &g.B, &g.C, &g.D, &g.dt_bias, &g.initial_state}) {

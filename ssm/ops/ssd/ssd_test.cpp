@@ -172,7 +172,7 @@ void expect_gradients(const SsdCase& c, int64_t chunk, uint64_t seed, bool grad_
     const std::vector<float> grad_state =
         grad_final ? random.vector(c.s() * state_size(c)) : std::vector<float>();
     const Outputs<float> o = run<float>(c, arguments.inputs(), chunk);
-    const Gradients g = run_backward<float>(c, arguments.inputs(), o.chunk_states, grad_y, grad_state, chunk);
+    const Gradients g = run_backward(c, arguments.inputs(), o.chunk_states, grad_y, grad_state, chunk);
     SsdValues<double> v = arguments.values();
     const auto loss = [&] {
         const SsdResult r = reference_ssd(c, v);
@@ -221,7 +221,7 @@ TEST(Ssd, GradientsAreTheSameAtEveryChunkSize) {
     const std::vector<float> grad_state = random.vector(c.s() * state_size(c));
     const auto gradients = [&](int64_t chunk, int threads) {
         const Outputs<float> o = run<float>(c, arguments.inputs(), chunk);
-        return run_backward<float>(c, arguments.inputs(), o.chunk_states, grad_y, grad_state, chunk, threads);
+        return run_backward(c, arguments.inputs(), o.chunk_states, grad_y, grad_state, chunk, threads);
     };
     const Gradients one = gradients(1, 2);
     for (int64_t chunk : {16, 50, 64, 128}) {
@@ -238,28 +238,26 @@ TEST(Ssd, GradientsAreTheSameAtEveryChunkSize) {
     }
 }
 
-TEST(Ssd, Bf16Gradients) {
-    SsdCase c{.h = 4, .p = 20, .g = 2, .n = 24, .cu_seqlens = {0, 50, 93}, .padding = 3};
-    const SsdValues<float> v = random_ssd(c, 28);
-    SsdArguments<bf16> rounded(c, v);
-    const SsdValues<double> d = rounded.values();
-    SsdValues<float> same = v;  // exactly what the bf16 call sees, in f32
-    same.x.assign(d.x.begin(), d.x.end());
-    same.dt.assign(d.dt.begin(), d.dt.end());
-    same.B.assign(d.B.begin(), d.B.end());
-    same.C.assign(d.C.begin(), d.C.end());
-    SsdArguments<float> exact(c, same);
-    Random random(29);
-    const std::vector<float> grad_y = random.vector(c.t() * c.h * c.p);
-    const std::vector<float> grad_state = random.vector(c.s() * state_size(c));
-    const Outputs<bf16> o = run<bf16>(c, rounded.inputs(), 32);
-    const Gradients g = run_backward<bf16>(c, rounded.inputs(), o.chunk_states, grad_y, grad_state, 32);
-    const Gradients f = run_backward<float>(c, exact.inputs(), o.chunk_states, grad_y, grad_state, 32);
-    EXPECT_EQ(g.x, f.x);
-    EXPECT_EQ(g.dt, f.dt);
-    EXPECT_EQ(g.B, f.B);
-    EXPECT_EQ(g.C, f.C);
-    EXPECT_EQ(g.A, f.A);
+// What `set` names loses what its buffer held; the rest is added to.
+TEST(Ssd, GradientsAreSetWhereAsked) {
+    const SsdCase c{.h = 4, .p = 20, .g = 2, .n = 24, .cu_seqlens = {0, 50, 93}, .D_width = 20};
+    SsdArguments<float> arguments(c, random_ssd(c, 28));
+    const std::vector<float> grad_y = Random(29).vector(c.t() * c.h * c.p);
+    const Outputs<float> o = run<float>(c, arguments.inputs(), 32);
+    const auto gradients = [&](SsdSet set) {
+        const Gradients g = run_backward(c, arguments.inputs(), o.chunk_states, grad_y, {}, 32, 2, set);
+        return std::array<std::vector<float>, 5>{g.x, g.dt, g.B, g.C, g.A};
+    };
+    const auto all_added = gradients({});
+    for (size_t which = 0; which < 4; ++which) {
+        const auto got = gradients({which == 0, which == 1, which == 2, which == 3});
+        for (size_t i = 0; i < got.size(); ++i) {
+            SCOPED_TRACE(fmt::format("set {}, gradient {}", which, i));
+            std::vector<float> expected = all_added[i];
+            for (float& v : expected) v -= i == which ? kGradientStart : 0.0f;
+            expect_close(got[i], to_double(expected), 1e-6, "gradient");
+        }
+    }
 }
 
 TEST(Ssd, Bf16OnAnyNumberOfThreads) {
@@ -300,14 +298,13 @@ TEST(Ssd, ThreadsDoNotChangeABit) {
     Random random(31);
     const std::vector<float> grad_y = random.vector(c.t() * c.h * c.p);
     const Outputs<float> one = run<float>(c, arguments.inputs(), 64, 1);
-    const Gradients g1 = run_backward<float>(c, arguments.inputs(), one.chunk_states, grad_y, {}, 64, 1);
+    const Gradients g1 = run_backward(c, arguments.inputs(), one.chunk_states, grad_y, {}, 64, 1);
     for (int threads : {2, 3, 7}) {
         const Outputs<float> many = run<float>(c, arguments.inputs(), 64, threads);
         EXPECT_EQ(one.y, many.y);
         EXPECT_EQ(one.final_state, many.final_state);
         EXPECT_EQ(one.chunk_states, many.chunk_states);
-        const Gradients g =
-            run_backward<float>(c, arguments.inputs(), one.chunk_states, grad_y, {}, 64, threads);
+        const Gradients g = run_backward(c, arguments.inputs(), one.chunk_states, grad_y, {}, 64, threads);
         EXPECT_EQ(g1.x, g.x);
         EXPECT_EQ(g1.dt, g.dt);
         EXPECT_EQ(g1.A, g.A);
@@ -346,9 +343,9 @@ TEST(Ssd, AbsentOutputs) {
     ssd<float>(ex, arguments.inputs(), View<float, 3>(y.data(), {c.t(), c.h, c.p}), {}, {}, {.chunk = 16});
     EXPECT_EQ(y, o.y);
     const std::vector<float> grad_y = Random(34).vector(c.t() * c.h * c.p);
-    const Gradients all = run_backward<float>(c, arguments.inputs(), o.chunk_states, grad_y, {}, 16);
+    const Gradients all = run_backward(c, arguments.inputs(), o.chunk_states, grad_y, {}, 16);
     std::vector<float> grad_A(c.h, kGradientStart);
-    SsdGradients only;
+    SsdGradients<float> only;
     only.A = {grad_A.data(), {c.h}};
     ssd_backward<float>(ex, arguments.inputs(),
                         View<const float, 4>(o.chunk_states.data(), {4, c.h, c.p, c.n}),
@@ -379,8 +376,8 @@ TEST(Ssd, Golden) {
         const Outputs<float> o = run<float>(c, arguments.inputs(), chunk);
         expect_close(o.y, f.at("y").values, 1e-5, "y");
         expect_close(o.final_state, f.at("h_last").values, 1e-5, "h_last");
-        const Gradients g = run_backward<float>(c, arguments.inputs(), o.chunk_states, f.at("dy").values,
-                                                f.at("dh_last").values, chunk);
+        const Gradients g = run_backward(c, arguments.inputs(), o.chunk_states, f.at("dy").values,
+                                         f.at("dh_last").values, chunk);
         expect_close(g.x, f.at("grad.x").values, 1e-5, "x");
         expect_close(g.dt, f.at("grad.dt").values, 1e-5, "dt");
         expect_close(g.A, f.at("grad.A").values, 1e-5, "A");
@@ -452,7 +449,7 @@ TEST_F(SsdErrors, BackwardAndStep) {
     std::vector<float> states = nan_vector(2 * 4 * 3 * 5), gradient = nan_vector(64);
     View<const float, 4> states_view{states.data(), {2, 4, 3, 5}};
     View<const float, 3> grad_y{y_.data(), {6, 4, 3}};
-    SsdGradients grad;
+    SsdGradients<float> grad;
     const auto backward = [&] {
         return message_of(
             [&] { ssd_backward<float>(make_cpu_exec(1), in_, states_view, grad_y, {}, grad, {.chunk = 4}); });
@@ -470,6 +467,14 @@ TEST_F(SsdErrors, BackwardAndStep) {
     in_ = arguments_.inputs();
     EXPECT_EQ(message_of([&] { ssd_step<float>(make_cpu_exec(1), in_, state_view_, y_view_); }),
               "[ssd_step] `state` must be [s h p n] = [6, 4, 3, 5] but is [1, 4, 3, 5]");
+    SsdArguments<bf16> rounded(c_, random_ssd(c_, 1));
+    const std::vector<bf16> rounded_grad_y(6 * 4 * 3);
+    EXPECT_EQ(message_of([&] {
+                  ssd_backward<bf16>(make_cpu_exec(1), rounded.inputs(), states_view,
+                                     View<const bf16, 3>(rounded_grad_y.data(), {6, 4, 3}), {}, {},
+                                     {.chunk = 4});
+              }),
+              "[ssd_backward] gradients of bf16 activations need a GPU");
 }
 
 TEST_F(SsdErrors, NoKernelForThatDevice) {
