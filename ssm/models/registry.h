@@ -24,6 +24,7 @@ struct NewModel {
     int64_t p = 0;  // head dimension
     int64_t g = 1;  // B/C groups
     int64_t dt_rank = 0;
+    double dt_min = 0, dt_max = 0;  // range that the first step sizes are drawn from
     bool tie_embeddings = true;
     int32_t eos = 0;
 };

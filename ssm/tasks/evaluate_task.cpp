@@ -99,7 +99,10 @@ TaskAccuracy evaluate_task(const Exec& ex, LanguageModel& model, const Task& tas
         std::vector<char> wrong(static_cast<size_t>(side), 0);
         for (int64_t begin = 0; begin < o.length; begin += piece) {
             write_pieces(task, o, first, side, begin, std::min(piece, o.length - begin), batch);
-            Ctx ctx{.exec = ex, .cu_seqlens = batch.cu_seqlens, .activation = o.activation};
+            Ctx ctx{.exec = ex,
+                    .cu_seqlens = batch.cu_seqlens,
+                    .activation = o.activation,
+                    .recomputed_later = o.training};
             const View<const int32_t, 1> ids(batch.ids.data(), {batch.tokens()});
             const Var hidden = model.hidden(ctx, ids, in_pieces ? &state : nullptr);
             count_answers(ex, model, ctx, batch, hidden.value(), wrong, result);
@@ -116,7 +119,9 @@ void require_fits(const LanguageModel& model, const Task& task) {
 }
 
 Validation TaskValidator::validate() {
-    const TaskAccuracy a = evaluate_task(exec_, model_, task_, options_);
+    EvaluateTaskOptions options = options_;
+    options.training = true;
+    const TaskAccuracy a = evaluate_task(exec_, model_, task_, options);
     return {.loss = a.mean_nll(), .bits_per_byte = {}, .accuracy = a.accuracy(), .tokens = a.answers};
 }
 

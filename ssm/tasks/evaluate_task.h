@@ -15,6 +15,7 @@ struct EvaluateTaskOptions {
     TaskSplit split = TaskSplit::eval;
     int64_t batch_tokens = 8192;    // read together; longer sequences are read in pieces
     DType activation = DType::f32;  // between the layers
+    bool training = false;          // weights change between calls: keep nothing that is made of them
 };
 
 struct TaskAccuracy {

@@ -20,6 +20,8 @@ struct TaskRecipe {
     int64_t layers = 2, e = 64;
     int64_t length = 256, batch = 8, steps = 0;
     double learning_rate = 1e-3;
+    double eps = 1e-8;              // of Adam
+    double dt_min = 0, dt_max = 0;  // first step sizes; 0: the architecture's
     std::vector<int64_t> eval_lengths;
 };
 

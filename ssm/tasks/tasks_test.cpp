@@ -173,6 +173,40 @@ TEST(EvaluateTask, Errors) {
               "[task] the likelihood of an answer at length 9 is NaN");
 }
 
+TEST(FirstSteps, AreDrawnFromTheirRange) {
+    for (const char* architecture : {"mamba", "mamba2"}) {
+        NewModel shape{.vocab = 16, .e = 64, .layers = 2, .p = 8};
+        const auto range = [&] {
+            const std::string config = find_architecture(architecture).new_config(shape);
+            EXPECT_EQ(config.find("time_step_min") != std::string::npos, shape.dt_min > 0);
+            auto model = build_model(config, "config");
+            model->initialise(1);
+            double low = 1e9, high = 0;
+            model->visit([&](const std::string& name, Parameter& p) {
+                if (!name.ends_with("dt_proj.bias") && !name.ends_with("dt_bias")) return;
+                for (int64_t i = 0; i < p.value().size(); ++i) {
+                    const double dt = std::log1p(std::exp(static_cast<double>(p.value().data<float>()[i])));
+                    low = std::min(low, dt);
+                    high = std::max(high, dt);
+                }
+            });
+            return std::pair(low, high);
+        };
+        const auto [usual_low, usual_high] = range();
+        EXPECT_GT(usual_low, 0.99e-3);
+        EXPECT_LT(usual_low, 1.6e-2);
+        EXPECT_LT(usual_high, 1.01e-1);
+        shape.dt_min = 1e-9;
+        shape.dt_max = 1e-8;
+        const auto [low, high] = range();
+        EXPECT_GT(low, 0.99e-9);
+        EXPECT_LT(high, 1.01e-8);
+        EXPECT_GT(high, 2 * low);
+        shape.dt_min = 1;
+        EXPECT_EQ(error_of([&] { range(); }), "[model] step sizes from 1 to 1e-08 are no range");
+    }
+}
+
 class TaskTraining : public ::testing::Test {
 protected:
     TrainSummary train(const std::string& out, const std::string& name, LanguageModel& model,

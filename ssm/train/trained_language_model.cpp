@@ -89,7 +89,11 @@ void TrainedLanguageModel::add_gradients(const Tensor& loss) {
 }
 
 double TrainedLanguageModel::loss(const Batch& batch) {
-    Ctx ctx{.exec = exec_, .cu_seqlens = batch.cu_seqlens, .activation = options_.dtype};
+    // Weights change between calls, on a GPU by replayed steps that the model does not see: it keeps nothing.
+    Ctx ctx{.exec = exec_,
+            .cu_seqlens = batch.cu_seqlens,
+            .activation = options_.dtype,
+            .recomputed_later = true};
     return static_cast<double>(model_.loss(ctx, view(batch.ids), view(batch.targets)).value().item());
 }
 

@@ -44,6 +44,11 @@ void fill_from(const TaskRecipe& r, Options& o) {
     if (o.train.minutes == 0) otherwise(o.train.steps, r.steps);
     Schedule& s = o.train.schedule;
     if (s.peak == 0) s.peak = r.learning_rate;
+    if (o.train.optimizer.eps == 0) o.train.optimizer.eps = r.eps;
+    if (o.shape.dt_min == 0 && o.shape.dt_max == 0) {
+        o.shape.dt_min = r.dt_min;
+        o.shape.dt_max = r.dt_max;
+    }
     if (s.floor < 0) s.floor = s.peak;  // constant
     if (o.eval_lengths.empty()) o.eval_lengths = r.eval_lengths;
 }
@@ -122,8 +127,8 @@ void train(Options& o, const Task& task, const CLI::App& command) {
     o.shape.vocab = task.vocab;
     const auto model = build_model(find_architecture(o.arch).new_config(o.shape), "config");
     model->initialise(o.source.seed);
-    const bool rounded = ex.device != Device::cpu && o.run.type() == DType::bf16;
-    TrainedLanguageModel trained(ex, *model, {.dtype = rounded ? DType::bf16 : DType::f32});
+    const DType type = o.run.device == "cuda" ? o.run.type() : DType::f32;
+    TrainedLanguageModel trained(ex, *model, {.dtype = type});
     o.train.identity["config"] = fmt::format("{:016x}", hash_bytes(model->spec().config));
     o.train.identity["dtype"] = o.run.dtype;
     EvaluateTaskOptions valid = evaluation(o, *model);
@@ -178,6 +183,8 @@ void add_model_options(CLI::App& c, Options& o) {
     c.add_option("--d-model", o.shape.e, "Width")->check(CLI::PositiveNumber);
     c.add_option("--layers", o.shape.layers, "Layers")->check(CLI::PositiveNumber);
     c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(CLI::NonNegativeNumber);
+    c.add_option("--dt-min", o.shape.dt_min, "First step sizes: from")->check(CLI::PositiveNumber);
+    c.add_option("--dt-max", o.shape.dt_max, "First step sizes: to")->check(CLI::PositiveNumber);
     c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")
         ->check(CLI::NonNegativeNumber);
 }
@@ -205,7 +212,7 @@ void add_train_options(CLI::App& c, Options& o) {
     c.add_option("--beta2", t.optimizer.beta2, "Adam")
         ->check(CLI::Range(0.0, 0.9999999))
         ->capture_default_str();
-    c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber);
     c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
@@ -231,7 +238,7 @@ void add_train_options(CLI::App& c, Options& o) {
 void add_task(CLI::App& app) {
     auto o = std::make_shared<Options>();
     o->train.schedule = {.peak = 0, .floor = -1, .warmup = 0};
-    o->train.optimizer = {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0};
+    o->train.optimizer = {.beta1 = 0.9, .beta2 = 0.999, .eps = 0, .weight_decay = 0};
     o->train.log_every = 256;
     o->train.checkpoint_every = o->train.valid_every = TaskSource::kEpochBatches;
     CLI::App* c = app.add_subcommand("task", "Train a small model on a synthetic task and test it");

@@ -36,26 +36,28 @@ Config read_config(const ConfigReader& config) {
 
 std::string hugging_face_text(const Config& c) {
     const MambaConfig& m = c.mixer;
-    return to_text({{"architectures", {"MambaForCausalLM"}},
-                    {"model_type", "mamba"},
-                    {"vocab_size", c.vocab},
-                    {"hidden_size", m.e},
-                    {"intermediate_size", m.d},
-                    {"expand", shortest(static_cast<float>(m.d) / static_cast<float>(m.e))},
-                    {"state_size", m.n},
-                    {"num_hidden_layers", m.layers},
-                    {"conv_kernel", m.k},
-                    {"time_step_rank", m.r},
-                    {"use_bias", m.projection_bias},
-                    {"use_conv_bias", m.conv_bias},
-                    {"hidden_act", "silu"},
-                    {"layer_norm_epsilon", shortest(c.norm_eps)},
-                    {"residual_in_fp32", true},
-                    {"tie_word_embeddings", c.tie_embeddings},
-                    {"bos_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"eos_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"pad_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"dtype", "float32"}});
+    nlohmann::ordered_json text = {{"architectures", {"MambaForCausalLM"}},
+                                   {"model_type", "mamba"},
+                                   {"vocab_size", c.vocab},
+                                   {"hidden_size", m.e},
+                                   {"intermediate_size", m.d},
+                                   {"expand", shortest(static_cast<float>(m.d) / static_cast<float>(m.e))},
+                                   {"state_size", m.n},
+                                   {"num_hidden_layers", m.layers},
+                                   {"conv_kernel", m.k},
+                                   {"time_step_rank", m.r},
+                                   {"use_bias", m.projection_bias},
+                                   {"use_conv_bias", m.conv_bias},
+                                   {"hidden_act", "silu"},
+                                   {"layer_norm_epsilon", shortest(c.norm_eps)},
+                                   {"residual_in_fp32", true},
+                                   {"tie_word_embeddings", c.tie_embeddings},
+                                   {"bos_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"eos_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"pad_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"dtype", "float32"}};
+    write_first_steps(m, text);
+    return to_text(text);
 }
 
 std::string mamba_ssm_text(const Config& c) {
@@ -89,6 +91,7 @@ Config read_hugging_face(const ConfigReader& config) {
     c.vocab = config.get_or<int64_t>("vocab_size", 50280, kDimension);
     c.norm_eps = config.get_or<float>("layer_norm_epsilon", 1e-5f, between(0, 1));
     c.tie_embeddings = config.get_or("tie_word_embeddings", true);
+    read_first_steps(config, m);
     c.eos = read_eos(config);
     m.e = config.get_or<int64_t>("hidden_size", 768, kDimension);
     m.layers = config.get_or<int64_t>("num_hidden_layers", 32, kLayers);
@@ -109,9 +112,9 @@ Config read_hugging_face(const ConfigReader& config) {
     // How a new model is drawn, how others compute it, and the original package's names for what was read
     // above.
     config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32",
-                   "time_step_min", "time_step_max", "time_step_floor", "time_step_scale",
-                   "time_step_init_scheme", "use_mambapy", "use_associative_scan", "d_inner", "d_model",
-                   "n_layer", "ssm_cfg", "rms_norm", "fused_add_norm", "pad_vocab_size_multiple"});
+                   "time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan",
+                   "d_inner", "d_model", "n_layer", "ssm_cfg", "rms_norm", "fused_add_norm",
+                   "pad_vocab_size_multiple"});
     return c;
 }
 
@@ -151,6 +154,7 @@ std::string new_config(const NewModel& shape) {
                .k = shape.k,
                .r = shape.dt_rank > 0 ? shape.dt_rank : automatic_rank(shape.e),
                .layers = shape.layers};
+    draw_first_steps(shape, c.mixer);
     return hugging_face_text(c);
 }
 

@@ -40,6 +40,7 @@ Config read_hugging_face(const ConfigReader& config) {
     c.vocab = config.get_or<int64_t>("vocab_size", 32768, kDimension);
     c.norm_eps = m.norm_eps = config.get_or<float>("layer_norm_epsilon", 1e-5f, between(0, 1));
     c.tie_embeddings = config.get_or("tie_word_embeddings", false);
+    read_first_steps(config, m);
     c.eos = read_eos(config);
     c.chunk = config.get_or<int64_t>("chunk_size", 256,
                                      kDimension);  // how transformers splits the sum, not what it is
@@ -66,8 +67,8 @@ Config read_hugging_face(const ConfigReader& config) {
     // How a new model is drawn and how others compute it. transformers' code reads neither `norm_before_gate`
     // nor `time_step_rank` of this family; `intermediate_size` is h p.
     config.ignore({"model_type", "initializer_range", "rescale_prenorm_residual", "residual_in_fp32",
-                   "time_step_min", "time_step_max", "time_step_floor", "time_step_scale",
-                   "time_step_init_scheme", "time_step_rank", "norm_before_gate", "intermediate_size"});
+                   "time_step_scale", "time_step_init_scheme", "time_step_rank", "norm_before_gate",
+                   "intermediate_size"});
     return c;
 }
 
@@ -113,29 +114,31 @@ nlohmann::ordered_json limit_json(const Mamba2Config& m) {
 
 std::string hugging_face_text(const Config& c) {
     const Mamba2Config& m = c.mixer;
-    return to_text({{"architectures", {"Mamba2ForCausalLM"}},
-                    {"model_type", "mamba2"},
-                    {"vocab_size", c.vocab},
-                    {"hidden_size", m.e},
-                    {"expand", shortest(static_cast<float>(m.d()) / static_cast<float>(m.e))},
-                    {"num_heads", m.h},
-                    {"head_dim", m.p},
-                    {"n_groups", m.g},
-                    {"state_size", m.n},
-                    {"num_hidden_layers", m.layers},
-                    {"conv_kernel", m.k},
-                    {"chunk_size", c.chunk},
-                    {"use_bias", m.projection_bias},
-                    {"use_conv_bias", m.conv_bias},
-                    {"hidden_act", "silu"},
-                    {"layer_norm_epsilon", shortest(c.norm_eps)},
-                    {"residual_in_fp32", true},
-                    {"time_step_limit", limit_json(m)},
-                    {"tie_word_embeddings", c.tie_embeddings},
-                    {"bos_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"eos_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"pad_token_id", c.eos.empty() ? 0 : c.eos.front()},
-                    {"dtype", "float32"}});
+    nlohmann::ordered_json text = {{"architectures", {"Mamba2ForCausalLM"}},
+                                   {"model_type", "mamba2"},
+                                   {"vocab_size", c.vocab},
+                                   {"hidden_size", m.e},
+                                   {"expand", shortest(static_cast<float>(m.d()) / static_cast<float>(m.e))},
+                                   {"num_heads", m.h},
+                                   {"head_dim", m.p},
+                                   {"n_groups", m.g},
+                                   {"state_size", m.n},
+                                   {"num_hidden_layers", m.layers},
+                                   {"conv_kernel", m.k},
+                                   {"chunk_size", c.chunk},
+                                   {"use_bias", m.projection_bias},
+                                   {"use_conv_bias", m.conv_bias},
+                                   {"hidden_act", "silu"},
+                                   {"layer_norm_epsilon", shortest(c.norm_eps)},
+                                   {"residual_in_fp32", true},
+                                   {"time_step_limit", limit_json(m)},
+                                   {"tie_word_embeddings", c.tie_embeddings},
+                                   {"bos_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"eos_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"pad_token_id", c.eos.empty() ? 0 : c.eos.front()},
+                                   {"dtype", "float32"}};
+    write_first_steps(m, text);
+    return to_text(text);
 }
 
 std::string mamba_ssm_text(const Config& c) {
@@ -205,6 +208,7 @@ std::string new_config(const NewModel& shape) {
     require(m.h % m.g == 0, "model", "{} heads do not divide into {} groups", m.h, m.g);
     m.n = shape.n > 0 ? shape.n : 128;
     m.k = shape.k;
+    draw_first_steps(shape, m);
     return hugging_face_text(c);
 }
 

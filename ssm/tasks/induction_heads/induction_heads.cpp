@@ -41,7 +41,10 @@ Task task() {
                       .length = 256,
                       .batch = 8,
                       .steps = 204'800,
-                      .learning_rate = 1e-3,
+                      .learning_rate = 2e-3,
+                      .eps = 1e-16,
+                      .dt_min = 1e-9,
+                      .dt_max = 1e-8,
                       .eval_lengths = {}}};
     for (int64_t power = 6; power <= 20; ++power) t.recipe.eval_lengths.push_back(int64_t{1} << power);
     return t;
