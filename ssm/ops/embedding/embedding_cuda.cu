@@ -35,25 +35,78 @@ __global__ void __launch_bounds__(kThreads) Forward(const __grid_constant__ Forw
     }
 }
 
-// Tokens by id, equal ids in the order of t. The first of a run of equal ids sums the run: fixed order, no
-// atomics.
+// Tokens by id, equal ids in the order of t, cut into segments of kSegment. A block sums the runs of equal
+// ids of its segment; a run that lies in it whole is added to its row at once, a part of a longer one waits
+// in `parts` [segments 2 e]: 0 what the segment before began, 1 what goes on in the next (or goes through). A
+// second pass adds a long run's parts. Fixed order, no atomics; and an id that is most of the text (a blank,
+// a comma) is summed by as many blocks as it fills.
+constexpr int kSegment = 128;
+
 struct BackwardParams {
     const int32_t* ids;     // [t] ascending
     const int32_t* tokens;  // [t]
     int64_t t;
     View<const float, 2> grad_y;
     View<float, 2> grad_weight;
+    float* parts;
+
+    __device__ bool known(int32_t id) const { return id >= 0 && id < grad_weight.shape[0]; }
+    __device__ float* part(int64_t segment, int side) const {
+        return parts + (2 * segment + side) * grad_weight.shape[1];
+    }
 };
 
-__global__ void __launch_bounds__(kThreads) Backward(const __grid_constant__ BackwardParams p) {
-    const int64_t first = blockIdx.x;
-    const int32_t id = p.ids[first];
-    if (id < 0 || id >= p.grad_weight.shape[0] || (first > 0 && p.ids[first - 1] == id)) return;
+__global__ void __launch_bounds__(kThreads) SumSegments(const __grid_constant__ BackwardParams p) {
+    __shared__ int32_t ids[kSegment], tokens[kSegment];
+    const int64_t segment = blockIdx.x, begin = segment * kSegment;
+    const int count = static_cast<int>(min(static_cast<int64_t>(kSegment), p.t - begin));
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+        ids[i] = p.ids[begin + i];
+        tokens[i] = p.tokens[begin + i];
+    }
+    __syncthreads();
+    const bool from_before = begin > 0 && p.ids[begin - 1] == ids[0];
+    const bool goes_on = begin + count < p.t && p.ids[begin + count] == ids[count - 1];
     for (int64_t j = threadIdx.x; j < p.grad_weight.shape[1]; j += kThreads) {
-        float sum = p.grad_weight.data[id * p.grad_weight.stride + j];
-        for (int64_t i = first; i < p.t && p.ids[i] == id; ++i)
-            sum += p.grad_y.data[p.tokens[i] * p.grad_y.stride + j];
-        p.grad_weight.data[id * p.grad_weight.stride + j] = sum;
+        for (int first = 0, last = 0; first < count; first = last) {
+            float sum = 0;
+            for (last = first; last < count && ids[last] == ids[first]; ++last) {
+            }
+#pragma unroll 8
+            for (int i = first; i < last; ++i) sum += p.grad_y.data[tokens[i] * p.grad_y.stride + j];
+            if (last == count && goes_on) {
+                p.part(segment, 1)[j] = sum;
+            } else if (first == 0 && from_before) {
+                p.part(segment, 0)[j] = sum;
+            } else if (p.known(ids[first])) {
+                p.grad_weight.data[ids[first] * p.grad_weight.stride + j] += sum;
+            }
+        }
+    }
+}
+
+// A block for each segment in which a long run begins.
+__global__ void __launch_bounds__(kThreads) AddParts(const __grid_constant__ BackwardParams p) {
+    const int64_t segment = blockIdx.x, begin = segment * kSegment, end = begin + kSegment;
+    if (end >= p.t) return;
+    const int32_t id = p.ids[end - 1];
+    if (p.ids[end] != id || !p.known(id) || (begin > 0 && p.ids[begin - 1] == id)) return;
+    int64_t low = end, high = p.t;  // the first token after the run
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (p.ids[middle] == id) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    const int64_t last = (low - 1) / kSegment;  // the segment in which it ends
+    for (int64_t j = threadIdx.x; j < p.grad_weight.shape[1]; j += kThreads) {
+        float sum = 0;
+#pragma unroll 8
+        for (int64_t s = segment; s < last; ++s) sum += p.part(s, 1)[j];
+        sum += p.part(last, 0)[j];
+        p.grad_weight.data[id * p.grad_weight.stride + j] += sum;
     }
 }
 
@@ -96,8 +149,12 @@ void embedding_backward(const Exec& ex, View<const int32_t, 1> ids, View<const f
     sort(nullptr);
     const Scratch<std::byte> memory(ex, bytes);
     sort(memory.data());
-    Backward<<<static_cast<unsigned>(t), kThreads, 0, stream_of(ex)>>>(
-        {sorted.data(), tokens.data(), t, grad_y, grad_weight});
+    const int64_t segments = (t + kSegment - 1) / kSegment;
+    const Scratch<float> parts(ex, static_cast<size_t>(2 * segments * grad_y.shape[1]));
+    const BackwardParams p{sorted.data(), tokens.data(), t, grad_y, grad_weight, parts.data()};
+    SumSegments<<<static_cast<unsigned>(segments), kThreads, 0, stream_of(ex)>>>(p);
+    check_launch("embedding");
+    AddParts<<<static_cast<unsigned>(segments), kThreads, 0, stream_of(ex)>>>(p);
     check_launch("embedding");
 }
 

@@ -1,4 +1,4 @@
-// The CUDA kernels against a plain loop; out-of-range ids; gradients to the bit of the loop's order.
+// The CUDA kernels against a plain loop; out-of-range ids; runs of equal ids of every length.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -60,29 +60,43 @@ TEST(EmbeddingCuda, MatchesReference) {
     }
 }
 
-TEST(EmbeddingCuda, GradientAddsInTheOrderOfTokens) {
+// `often`: of ten ids so many are the same one, whose run in sorted order is cut into many segments.
+void check_gradient(int64_t t, int64_t e, int often) {
+    SCOPED_TRACE(testing::Message() << "t " << t << " e " << e << " often " << often);
     const Exec& ex = test::cuda_exec();
-    for (const int64_t t : {0, 1, 40, 2000}) {
+    const int64_t v = 7;
+    std::vector<int32_t> ids = draw(t, v);
+    test::Random random(5);
+    for (int32_t& id : ids) {
+        if (random.integer(0, 9) < often) id = 4;
+    }
+    if (t > 2) ids[1] = static_cast<int32_t>(v), ids[2] = -1;
+    const auto grad_y = random.vector(t * e);
+    std::vector<double> expected(static_cast<size_t>(v * e), static_cast<double>(test::kGradientStart));
+    for (int64_t i = 0; i < t; ++i) {
+        const int32_t id = ids[static_cast<size_t>(i)];
+        if (id < 0 || id >= v) continue;
+        for (int64_t j = 0; j < e; ++j)
+            expected[static_cast<size_t>(id * e + j)] +=
+                static_cast<double>(grad_y[static_cast<size_t>(i * e + j)]);
+    }
+    const Tensor ids_there = test::on_device(ids, {t}), grad_y_there = test::on_device(grad_y, {t, e});
+    const auto run = [&] {
+        const Tensor grad =
+            test::on_device(std::vector<float>(static_cast<size_t>(v * e), test::kGradientStart), {v, e});
+        embedding_backward(ex, ids_there.view<const int32_t, 1>(), grad_y_there.view<const float, 2>(),
+                           grad.view<float, 2>());
+        return test::from_device<float>(grad);
+    };
+    const auto first = run();
+    test::expect_close(first, expected, 2e-6, "grad_weight");
+    EXPECT_EQ(run(), first) << "not the same bytes";
+}
+
+TEST(EmbeddingCuda, GradientsMatchReference) {
+    for (const int64_t t : {0, 1, 40, 127, 128, 129, 256, 257, 2000, 20000}) {
         for (const int64_t e : {1, 64, 300}) {
-            const int64_t v = 7;
-            std::vector<int32_t> ids = draw(t, v);
-            if (t > 2) ids[1] = static_cast<int32_t>(v), ids[2] = -1;
-            test::Random random(5);
-            const auto grad_y = random.vector(t * e);
-            std::vector<float> expected(static_cast<size_t>(v * e), test::kGradientStart);
-            for (int64_t i = 0; i < t; ++i) {
-                const int32_t id = ids[static_cast<size_t>(i)];
-                if (id < 0 || id >= v) continue;
-                for (int64_t j = 0; j < e; ++j)
-                    expected[static_cast<size_t>(id * e + j)] += grad_y[static_cast<size_t>(i * e + j)];
-            }
-            const Tensor grad =
-                test::on_device(std::vector<float>(static_cast<size_t>(v * e), test::kGradientStart), {v, e});
-            const Tensor ids_there = test::on_device(ids, {t}),
-                         grad_y_there = test::on_device(grad_y, {t, e});
-            embedding_backward(ex, ids_there.view<const int32_t, 1>(), grad_y_there.view<const float, 2>(),
-                               grad.view<float, 2>());
-            EXPECT_EQ(test::from_device<float>(grad), expected) << "t " << t << " e " << e;
+            for (const int often : {0, 9, 10}) check_gradient(t, e, often);
         }
     }
 }
