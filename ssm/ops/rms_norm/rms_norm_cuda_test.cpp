@@ -145,7 +145,8 @@ void compare_with(const Both<T>& there, const Both<float>& host, const char* wha
         << what << ": relative " << relative << " of " << norm << ", terms " << terms;
 }
 // The gradient of x is rstd (g - y mean(g y)), with g = grad_y weight: of a group of one column nothing but
-// eps / v^2 of g is left. The norm of rstd g; a gate's factors (silu(z), its slope by x) are below 2.2 here.
+// eps / v^2 of g is left. The norm of rstd g; a gate's factors (silu(z), its slope by x) are below 2.2 here,
+// and the errors of sigmoid count twice in y^2 when it comes before.
 double terms_of(const Case& c, const Both<float>& grad_y, const std::vector<float>& weight,
                 const std::vector<float>& rstd) {
     const int64_t groups = c.options.groups, columns = c.d / groups;
@@ -158,7 +159,7 @@ double terms_of(const Case& c, const Both<float>& grad_y, const std::vector<floa
             g *= static_cast<double>(weight[static_cast<size_t>(j)]) + (c.options.unit_offset ? 1.0 : 0.0);
         sum += g * g;
     }
-    return std::sqrt(sum) * (c.options.gate == Gate::none ? 1.0 : 2.2);
+    return std::sqrt(sum) * (c.options.gate == Gate::none ? 1.0 : c.options.gate == Gate::before ? 4.4 : 2.2);
 }
 
 // `set`: gradients are written over NaN.
