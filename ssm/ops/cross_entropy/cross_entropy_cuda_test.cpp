@@ -125,8 +125,9 @@ Got backward(const Exec& ex, const Case& c, const How& how = {}) {
 }
 
 const std::vector<std::array<int64_t, 3>> kSizes = {
-    {1, 1, 1},     {1, 7, 5},     {9, 8, 31},    {17, 5, 32},    {5, 3, 33},
-    {30, 33, 300}, {7, 16, 4096}, {40, 4, 4097}, {9, 12, 16384}, {12, 8, 16391}};
+    {1, 1, 1},      {1, 7, 5},     {9, 8, 31},    {17, 5, 32},    {5, 3, 33},
+    {30, 33, 300},  {7, 16, 4096}, {40, 4, 4097}, {9, 12, 16384}, {12, 8, 16391},
+    {290, 2, 9001}, {3, 3, 57344}, {3, 3, 57345}};
 
 void check_forward(const Case& c, DType type, int64_t tile_bytes) {
     SCOPED_TRACE(testing::Message() << "t " << c.t << " e " << c.e << " v " << c.v << " " << name_of(type)

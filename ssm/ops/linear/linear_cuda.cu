@@ -2,6 +2,7 @@
 // it a row-major C = A B is the column-major C^T = B^T A^T, so the operands change places.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <map>
 #include <optional>
 
@@ -40,11 +41,13 @@ struct ConvertParams {
     int64_t from_stride, to_stride;
 };
 
+// A block is as wide as a narrow row, so that its other threads take other rows.
 template <class From, class To, int N>
 __global__ void __launch_bounds__(kThreads) Convert(const __grid_constant__ ConvertParams p) {
-    const int64_t j = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
+    const int64_t j = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
     if (j >= p.columns) return;
-    for (int64_t r = blockIdx.y; r < p.rows; r += gridDim.y) {
+    const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+    for (int64_t r = first; r < p.rows; r += int64_t{gridDim.y} * blockDim.y) {
         const Pack<From, N> x = load_pack<N>(static_cast<const From*>(p.from) + r * p.from_stride + j);
         Pack<To, N> y;
 #pragma unroll
@@ -306,14 +309,18 @@ void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const Matrix& f
     };
     const bool packs =
         p.columns % 8 == 0 && aligned(from.data, from.stride, from.dtype) && aligned(to, to_stride, to_dtype);
-    const dim3 grid(blocks_for(p.columns, kThreads * (packs ? 8 : 1)),
-                    static_cast<unsigned>(std::min(p.rows, kMostBlocks)));
+    const int64_t across = packs ? p.columns / 8 : p.columns;
+    const auto width =
+        static_cast<unsigned>(std::min<uint64_t>(kThreads, std::bit_ceil(static_cast<uint64_t>(across))));
+    const dim3 block(width, kThreads / width);
+    const dim3 grid(blocks_for(across, width),
+                    static_cast<unsigned>(std::min<int64_t>(blocks_for(p.rows, block.y), kMostBlocks)));
     with_type(from.dtype, [&]<class From>() {
         with_type(to_dtype, [&]<class To>() {
             if (packs) {
-                Convert<From, To, 8><<<grid, kThreads, 0, stream_of(ex)>>>(p);
+                Convert<From, To, 8><<<grid, block, 0, stream_of(ex)>>>(p);
             } else {
-                Convert<From, To, 1><<<grid, kThreads, 0, stream_of(ex)>>>(p);
+                Convert<From, To, 1><<<grid, block, 0, stream_of(ex)>>>(p);
             }
         });
     });
