@@ -47,8 +47,8 @@ struct SsdInputs {
 
 struct SsdOptions {
     // q; any value gives the same result within rounding. On a GPU products are of 64 tokens whatever it is,
-    // and saving the states of longer chunks (512 and more) is faster: ssd_backward makes those between
-    // again.
+    // and the states of longer chunks (512 and more) are fewer bytes to save: ssd_backward makes those
+    // between again.
     int64_t chunk = 64;
 };
 
