@@ -9,6 +9,8 @@
 namespace ssm {
 namespace {
 
+constexpr int64_t kGpuChunk = 2048;  // tokens between two saved states of ssd on a GPU
+
 // The result of an operator: wants a gradient, of its own type, exactly when its backward is recorded.
 Var result(const Ctx& ctx, Shape shape, DType dtype, bool recording) {
     return Var(Tensor::empty(ctx.exec, std::move(shape), dtype), recording, dtype);
@@ -338,7 +340,9 @@ SsdInputs<T> ssd_inputs(const SsdVars& in, const SsdShape& s, CuSeqlens cu) {
 
 }  // namespace
 
-Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, const SsdOptions& options) {
+Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, SsdOptions options) {
+    // A GPU makes the states again faster than it would read them: few are kept.
+    if (ctx.exec.device != Device::cpu) options.chunk = std::max(options.chunk, kGpuChunk);
     const bool recording = ctx.recording({&in.x, &in.dt, &in.A, &in.B, &in.C, &in.D, &in.dt_bias});
     require(!(recording && state != nullptr), "ssd", "a carried state is for inference, without a tape");
     const int64_t t = in.x.value().dim(0);

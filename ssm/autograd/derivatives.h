@@ -49,7 +49,7 @@ struct SsdShape {
     int64_t h = 1, p = 1, g = 1, n = 1;
     float dt_min = 0.0f, dt_max = std::numeric_limits<float>::infinity();
 };
-Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& shape, Tensor* state, const SsdOptions& options = {});
+Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& shape, Tensor* state, SsdOptions options = {});
 
 // -exp(x), of any shape.
 Var neg_exp(Ctx& ctx, const Var& x);

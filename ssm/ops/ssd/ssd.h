@@ -47,7 +47,10 @@ struct SsdInputs {
 };
 
 struct SsdOptions {
-    int64_t chunk = 64;  // q; any value gives the same result within rounding
+    // q; any value gives the same result within rounding. On a GPU products are of 64 tokens whatever it is,
+    // and the states of longer chunks (512 and more) are fewer bytes to save: ssd_backward makes those
+    // between again.
+    int64_t chunk = 64;
 };
 
 // Number of saved states: sum over the sequences of ceil(length / chunk).

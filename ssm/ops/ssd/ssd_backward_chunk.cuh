@@ -25,79 +25,52 @@ __device__ inline void give_two(T* to, float a, float b, int64_t inside, bool se
 
 // grad x = dt grad X + D grad y, and the block's share of grad D.
 template <class T, int N>
-__device__ void write_inputs_gradient(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w,
-                                      const Part& part, const Sum& grad_X) {
+__device__ void write_inputs_gradient(const PartTile<T, N>& m, TokenSums& sums, const BackwardParams<T>& a,
+                                      const Where& w, const Part& part, Sum& grad_X) {
     const int block = threadIdx.x / kWarp % 4, row = 16 * block, first = 16 * (threadIdx.x / kWarp / 4);
-    T* const to = a.grad.x.data + w.begin * a.grad.x.stride + part.h * a.p + part.p0;
     float sum[4] = {};  // columns 0, 1, 8, 9 of a lane
 #pragma unroll
     for (int e = 0; e < 8; e += 2) {
         const int i = row + row_of(e), j = first + column_of(e);
-        float v[2];
+        const Pack<T, 2> grad_y = load_pack<2>(m.grad_y + i * kLdP + j), x = load_pack<2>(m.x + i * kLdP + j);
+        const float dt = m.times.dt[i];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const float g = to_float(m.grad_y[i * kLdP + j + k]);
-            sum[k + e / 4 * 2] += g * to_float(m.x[i * kLdP + j + k]);
-            v[k] = m.d.dt[i] * grad_X.v[e + k] + m.D_of[j + k] * g;
+            const float g = to_float(grad_y.at[k]);
+            sum[k + e / 4 * 2] += g * to_float(x.at[k]);
+            grad_X.v[e + k] = dt * grad_X.v[e + k] + m.D[j + k] * g;
         }
-        if (a.grad.x.data != nullptr && i < w.length)
-            give_two(to + i * a.grad.x.stride + j, v[0], v[1], part.columns - j, a.grad.set.x, a.paired_x);
     }
-    store_columns(m.D[block] + first, sum);
+    store_columns(sums.D[block] + first, sum);
+    if (a.grad.x.data == nullptr) return;
+    const int j = first + column_of_four(), i = row + row_of(0);
+    const Four above = four_of<false>(grad_X), below = four_of<true>(grad_X);
+    T* const to = a.grad.x.data + (w.begin + i) * a.grad.x.stride + part.h * a.p + part.p0 + j;
+    if (i < w.length) give_four(to, above, part.columns - j, a.grad.set.x, a.packed4_x);
+    if (i + 8 < w.length)
+        give_four(to + 8 * a.grad.x.stride, below, part.columns - j, a.grad.set.x, a.packed4_x);
 }
 
-// <Z, S> of the tile, a sum per warp.
-template <class T, int N>
-__device__ void states_product(ChunkTiles<T, N>& m) {
-    float sum = 0.0f;
-    for (int i = threadIdx.x; i < kP * N; i += kThreads) {
-        const int at = i / N * (N + kPad) + i % N;
-        sum += to_float(m.S[at]) * to_float(m.Z[at]);
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) m.inner[threadIdx.x / kWarp] = sum;
-}
-
-__device__ inline float sum_of(const float (&parts)[kQuarters][kQ], int j) {
+__device__ inline float sum_of(const float (&parts)[4][kQ], int j) {
     return (parts[0][j] + parts[1][j]) + (parts[2][j] + parts[3][j]);
 }
 
-// By one warp: from the gradients of l to those of dt and A. Of l_j's, what token j gives as a row and takes
-// as a column; suffix sums of them are those of dt A. grad A is summed apart, weighted by the times between
-// the two ends of each term: most of the suffix sums would cancel in it.
-template <class T, int N>
-__device__ void finish(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w, const Part& part,
-                       int64_t v) {
-    const int lane = threadIdx.x, i = 2 * lane;
-    const float time = m.d.s[kQ - 1];
-    float own[2], xg[2], ends = 0.0f, grad_A = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        const int j = i + k;
-        const float c = sum_of(m.c, j), xz = sum_of(m.xz, j), dt = m.d.dt[j];
-        xg[k] = sum_of(m.column, j) + xz;
-        own[k] = sum_of(m.row, j) + c - dt * xg[k];
-        ends += dt * xz;
-        grad_A += m.d.s[j] * c + (time - m.d.s[j]) * (dt * xz);
+// The sums of a part that is done.
+__device__ inline void leave_sums(Partial& to, const TokenSums& sums) {
+    const int thread = static_cast<int>(threadIdx.x), j = thread % kQ;
+    if (thread < kQ) {
+        to.token[j] = {{sum_of(sums.row, j), sum_of(sums.column, j), sum_of(sums.c, j), sum_of(sums.xz, j)}};
+    } else if (thread < 2 * kQ) {
+        to.D[j] = sum_of(sums.D, j);
+    } else if (thread < 2 * kQ + kWarp) {
+        const bool given = j < kThreads / kWarp;
+        const float inner = warp_sum(given ? sums.inner[j] : 0.0f),
+                    pairs = warp_sum(given ? sums.pairs[j] : 0.0f);
+        if (j == 0) {
+            to.inner = inner;
+            to.pairs = pairs;
+        }
     }
-    const bool warps = lane < kThreads / kWarp;
-    const float through = __expf(m.d.l[kQ - 1]) * warp_sum(warps ? m.inner[lane] : 0.0f);
-    ends = warp_sum(ends) + through;
-    grad_A = warp_sum(grad_A + (warps ? m.pairs[lane] : 0.0f)) + time * through;
-    // Suffix sums; the end's gradient reaches every token.
-    double sum = static_cast<double>(own[0]) + own[1];
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-        const double other = __shfl_down_sync(kAllLanes, sum, offset);
-        if (lane + offset < kWarp) sum += other;
-    }
-    const float grad_a[2] = {static_cast<float>(sum + ends), static_cast<float>(sum - own[0] + ends)};
-    const float A = a.in.A.data[part.h * a.in.A.stride];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-        if (i + k < w.length) a.dt[v * a.tokens + w.begin + i + k] = (xg[k] + A * grad_a[k]) * m.slope[i + k];
-    }
-    if (lane == 0) a.A[w.chunk * a.heads * a.ptiles + v] = grad_A;
 }
 
 // The pairs' share of grad B and grad C, and both to memory.
@@ -147,39 +120,44 @@ template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1) Chunk(const __grid_constant__ BackwardParams<T> a) {
     extern __shared__ __align__(16) unsigned char memory[];
     auto& m = *reinterpret_cast<ChunkTiles<T, N>*>(memory);
+    constexpr bool kAhead = ChunkTiles<T, N>::kStages == 2;
     const Where w = where_of_block(a);
     const int n = static_cast<int>(a.n), block = threadIdx.x / kWarp % 4, quarter = threadIdx.x / kWarp / 4;
-    load_tile<kQ, N, kThreads>(m.B, a.in.B.data + w.begin * a.in.B.stride + w.group * n, a.in.B.stride,
+    copy_tile<kQ, N, kThreads>(m.B, a.in.B.data + w.begin * a.in.B.stride + w.group * n, a.in.B.stride,
                                w.length, n, a.packed_B);
-    load_tile<kQ, N, kThreads>(m.C, a.in.C.data + w.begin * a.in.C.stride + w.group * n, a.in.C.stride,
+    copy_tile<kQ, N, kThreads>(m.C, a.in.C.data + w.begin * a.in.C.stride + w.group * n, a.in.C.stride,
                                w.length, n, a.packed_C);
+    fetch_part(m.in[0], a, w, w.first_part);
+    wait_copies();
     __syncthreads();
     Sum G, grad_G, grad_B[N / 64], grad_C[N / 64];
 #pragma unroll
-    for (int k = 0; k < N; k += 16) {
-        const Left<T> C = left<false>(m.C, N + kPad, 16 * block, k);
-        multiply(G, C, right<false>(m.B, N + kPad, k, 16 * quarter));
-    }
-    for (int64_t v = w.first_part; v < w.last_part; ++v) {
-        const Part part = part_of(a, v);
-        __syncthreads();
-        load_part(m, a, w, part);
-        __syncthreads();
-        pairs<T, N>(m, G, grad_G);
-        through_states<T, N>(m, grad_B, grad_C);
-        states_product<T, N>(m);
-        __syncthreads();
-        Sum grad_X;
-        inputs_gradient<T, N>(m, grad_X);
-        write_inputs_gradient<T, N>(m, a, w, part, grad_X);
-        __syncthreads();
-        if (threadIdx.x < kWarp) finish<T, N>(m, a, w, part, v);
-        if (threadIdx.x >= kThreads - kP) {
-            const int j = static_cast<int>(threadIdx.x) - (kThreads - kP);
-            a.D[(w.chunk * a.heads * a.ptiles + v) * kP + j] =
-                (m.D[0][j] + m.D[1][j]) + (m.D[2][j] + m.D[3][j]);
+    for (int k = 0; k < N; k += 16)
+        multiply(G, left<false>(m.C, N + kPad, 16 * block, k), right<false>(m.B, N + kPad, k, 16 * quarter));
+    Partial* const partial = a.partial + w.tile * a.heads * a.ptiles;
+    int now = 0;
+    for (int64_t v = w.first_part; v < w.last_part; ++v, now = 1 - now) {
+        const PartTile<T, N>& in = m.in[kAhead ? now : 0];
+        TokenSums& sums = m.sums[now];
+        if (!kAhead && v > w.first_part) {
+            __syncthreads();  // the tile of the head before is read
+            fetch_part(m.in[0], a, w, v);
         }
+        wait_copies();
+        __syncthreads();  // this tile is there; the other one, M and sums[now] are read
+        if (kAhead && v + 1 < w.last_part) fetch_part(m.in[1 - now], a, w, v + 1);
+        if (v > w.first_part) leave_sums(partial[v - 1], m.sums[1 - now]);
+        pairs(in, m.M, sums, G, grad_G);
+        through_states(in, m.C, sums, grad_B, grad_C);
+        states_product(in, sums);
+        Sum grad_X;
+        from_state(in, m.B, sums, grad_X);
+        __syncthreads();  // M
+        from_pairs(in, m.M, grad_X);
+        write_inputs_gradient(in, sums, a, w, part_at(v, a.ptiles, a.p), grad_X);
     }
+    __syncthreads();
+    leave_sums(partial[w.last_part - 1], m.sums[1 - now]);
     finish_group<T, N>(m, a, w, grad_G, grad_B, grad_C);
 }
 

@@ -1,115 +1,81 @@
-// CUDA kernels of ssd_backward. Pass: a block walks backwards over the chunks of one (sequence, head) with
-// the state's gradient Z in its registers and leaves Z of each chunk in scratch. Chunk: a block has one chunk
-// and one group and goes through the heads of the group, all local; few chunks are cut into slices of heads.
-// Reduce: sums over slices, tiles of a head, chunks and time in a fixed order.
+// CUDA kernels of ssd_backward. Walk: S onwards from the saved states and its gradient Z backwards, both left
+// in scratch for each tile. Chunk: a block has one tile of tokens and one group and goes through the heads of
+// the group, all local; few tiles are cut into slices of heads. Finish: from sums over a tile's pairs to the
+// gradients of its time steps. Reduce: sums over slices and tiles in a fixed order.
 #include "ssm/ops/ssd/ssd_backward_chunk.cuh"
 
 namespace ssm::cuda {
 namespace {
 
-constexpr int kPassThreads = 256, kReduceThreads = 256;
+constexpr int kReduceThreads = 256;
 
-// ---- Pass
-template <class T, int N>
-struct PassTile {
-    T grad_y[kQ * kLdP], C[kQ * (N + kPad)];
-    Decays d;
-    float w[kQ];  // exp(l)
+// ---- Finish
+// A lane's two tokens, from sums over all parts of a head.
+struct TokenGradients {
+    float own[2] = {}, xg[2] = {};  // of l_j: what token j gives as a row and takes as a column; x . grad X
+    float ends = 0.0f, A = 0.0f, through = 0.0f, pairs = 0.0f, D = 0.0f;
 };
-template <class T, int N>
-struct PassTiles {
-    PassTile<T, N> in[2];
-};
-
-// f(element of the warp's block of a state, its offset) for those inside.
-template <int N, class F>
-__device__ void each_of_state(Sum (&Z)[N / 32], int rows, int64_t n, const F& f) {
-    const int warp = threadIdx.x / kWarp, row = warp % 4 * 16, half = warp / 4;
+// grad A is summed apart, weighted by the times between the two ends of each term: most of the suffix sums
+// would cancel in it.
+__device__ inline void add_part(TokenGradients& g, const Partial& from, const Times& times) {
+    const int lane = threadIdx.x % kWarp, i = 2 * lane;
+    const float time = times.s[kQ - 1];
 #pragma unroll
-    for (int b = 0; b < N / 32; ++b) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            const int i = row + row_of(e), j = half * (N / 2) + 16 * b + column_of(e);
-            if (i < rows && j < n) f(Z[b].v[e], i * n + j);
-        }
+    for (int k = 0; k < 2; ++k) {
+        const Pack<float, 4> token = from.token[i + k];
+        const float row = token.at[0], column = token.at[1], c = token.at[2], xz = token.at[3],
+                    dt = times.dt[i + k], s = times.s[i + k];
+        g.xg[k] += column + xz;
+        g.own[k] += row + c - dt * (column + xz);
+        g.ends += dt * xz;
+        g.A += s * c + (time - s) * (dt * xz);
     }
+    g.D += from.D[lane] + from.D[lane + kWarp];
+    g.through += from.inner;
+    g.pairs += from.pairs;
 }
 
-// A tile on its way, its raw time steps in a warp's registers.
-template <class T, int N>
-__device__ float2 send(PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, int64_t t,
-                       int length) {
-    copy_tile<kQ, N, kPassThreads>(m.C, a.in.C.data + t * a.in.C.stride + part.h / (a.heads / a.groups) * a.n,
-                                   a.in.C.stride, length, static_cast<int>(a.n), a.packed_C);
-    copy_tile<kQ, kP, kPassThreads>(m.grad_y, a.grad_y.data + t * a.grad_y.stride + part.h * a.p + part.p0,
-                                    a.grad_y.stride, length, part.columns, a.packed_grad_y);
-    return threadIdx.x < kWarp ? raw_pair(a.in, t, length, part.h) : float2{};
-}
-template <class T, int N>
-__device__ void receive(PassTile<T, N>& m, const BackwardParams<T>& a, const Part& part, float2 raw,
-                        int length) {
-    if (threadIdx.x < kWarp) {
-        make_decays(m.d, a.in, raw, length, part.h);
-        __syncwarp();
-        for (int j = threadIdx.x; j < kQ; j += kWarp) m.w[j] = __expf(m.d.l[j]);
-    }
-    wait_copies();
-}
-
-// Z = exp(l_q) Z + sum_i exp(l_i) grad y_i C_i^T.
-template <class T, int N>
-__device__ void retreat(Sum (&Z)[N / 32], const PassTile<T, N>& m, int length) {
-    const float decay = __expf(m.d.l[kQ - 1]);
-    const int warp = threadIdx.x / kWarp;
+// A warp per tile and head: from the gradients of l to those of dt and A. Suffix sums of those of l are those
+// of dt A; the end's gradient reaches every token.
+template <class T>
+__global__ void __launch_bounds__(kReduceThreads) Finish(const __grid_constant__ BackwardParams<T> a) {
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * (kReduceThreads / kWarp) + threadIdx.x / kWarp;
+    if (unit >= a.tiles * a.heads) return;
+    const int64_t h = unit % a.heads, index = unit / a.heads;
+    const Tile tile = tile_at(a.tiling, index);
+    const int lane = threadIdx.x % kWarp, i = 2 * lane;
+    const Times& times = a.times[unit];
+    TokenGradients g;
+    for (int64_t part = 0; part < a.ptiles; ++part) add_part(g, a.partial[unit * a.ptiles + part], times);
+    g.through *= times.e[kQ - 1];
+    const float ends = warp_sum(g.ends) + g.through,
+                grad_A = warp_sum(g.A) + g.pairs + times.s[kQ - 1] * g.through;
+    double sum = static_cast<double>(g.own[0]) + g.own[1];
 #pragma unroll
-    for (int b = 0; b < N / 32; ++b) {
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const double other = __shfl_down_sync(kAllLanes, sum, offset);
+        if (lane + offset < kWarp) sum += other;
+    }
+    const float grad_a[2] = {static_cast<float>(sum + ends), static_cast<float>(sum - g.own[0] + ends)};
+    const float A = a.in.A.data[h * a.in.A.stride];
+    float bias = 0.0f;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) Z[b].v[e] *= decay;
+    for (int k = 0; k < 2; ++k) {
+        if (i + k >= tile.length) continue;
+        const int64_t t = tile.begin + i + k;
+        const float grad = (g.xg[k] + A * grad_a[k]) * slope_of_raw(a.in, raw_dt(a.in, t, h));
+        bias += grad;
+        if (a.grad.dt.data == nullptr) continue;
+        T& to = a.grad.dt.data[t * a.grad.dt.stride + h];
+        to = from_float<T>(a.grad.set.dt ? grad : to_float(to) + grad);
     }
-    for (int k = 0; k < length; k += 16) {
-        Left<T> g = left<true>(m.grad_y, kLdP, warp % 4 * 16, k);
-        scale_columns(g, m.w + k);
-#pragma unroll
-        for (int b = 0; b < N / 32; ++b)
-            multiply(Z[b], g, right<true>(m.C, N + kPad, k, warp / 4 * (N / 2) + 16 * b));
-    }
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(kPassThreads, 2) Pass(const __grid_constant__ BackwardParams<T> a) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    auto& m = *reinterpret_cast<PassTiles<T, N>*>(memory);
-    const int64_t parts = a.heads * a.ptiles, s = blockIdx.x / parts;
-    const Part part = part_of(a, blockIdx.x % parts);
-    const int64_t begin = a.sequences.offset(s), end = a.sequences.offset(s + 1),
-                  offset = state_offset(a, part);
-    const int64_t first = a.first.offset(s);
-    Sum Z[N / 32];
-    if (a.grad_final_state.data != nullptr) {
-        const float* from = a.grad_final_state.data + s * a.grad_final_state.stride + offset;
-        each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { z = from[at]; });
-    }
-    float2 raw{};
-    const auto begin_of = [&](int64_t chunk) { return begin + (chunk - first) * a.chunk; };
-    const auto length_of = [&](int64_t chunk) {
-        return static_cast<int>(min(end - begin_of(chunk), a.chunk));
-    };
-    int64_t chunk = a.first.offset(s + 1) - 1;
-    if (chunk >= first) {
-        raw = send(m.in[0], a, part, begin_of(chunk), length_of(chunk));
-        receive(m.in[0], a, part, raw, length_of(chunk));
-    }
-    for (int now = 0; chunk >= first; --chunk, now = 1 - now) {
-        __syncthreads();  // this tile is there, the other one is read
-        if (chunk > first) raw = send(m.in[1 - now], a, part, begin_of(chunk - 1), length_of(chunk - 1));
-        T* to = a.Z + chunk * a.heads * a.p * a.n + offset;
-        each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { to[at] = from_float<T>(z); });
-        retreat<T, N>(Z, m.in[now], length_of(chunk));
-        if (chunk > first) receive(m.in[1 - now], a, part, raw, length_of(chunk - 1));
-    }
-    if (a.grad.initial_state.data == nullptr) return;
-    float* to = a.grad.initial_state.data + s * a.grad.initial_state.stride + offset;
-    each_of_state<N>(Z, part.columns, a.n, [&](float& z, int64_t at) { to[at] += z; });
+    bias = warp_sum(bias);
+    const float D = warp_sum(g.D);
+    if (lane != 0) return;
+    const int64_t at = h * a.tiles + index;
+    a.A[at] = grad_A;
+    a.dt_bias[at] = bias;
+    a.D[at] = D;
 }
 
 // ---- Reduce
@@ -129,24 +95,22 @@ __global__ void __launch_bounds__(kReduceThreads) ReduceSlices(const __grid_cons
     give(a.grad.C, a.C, a.grad.set.C);
 }
 
-// Read along the tokens, written along the heads: kWarp of each.
+// Of element j of a head, the sum over tiles; by all threads.
 template <class T>
-__global__ void __launch_bounds__(kReduceThreads) ReduceTime(const __grid_constant__ BackwardParams<T> a) {
-    constexpr int kStep = kReduceThreads / kWarp;
-    __shared__ float sums[kWarp][kWarp + 1];
-    const int x = threadIdx.x % kWarp, y = threadIdx.x / kWarp;
-    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kWarp,
-                  h0 = static_cast<int64_t>(blockIdx.y) * kWarp;
-    for (int i = y; i < kWarp && t0 + x < a.tokens && h0 + i < a.heads; i += kStep) {
+__device__ void reduce_D(const BackwardParams<T>& a, int64_t h, float* columns) {
+    const int64_t column = threadIdx.x % kP;
+    for (int64_t tile = 0; tile < a.ptiles; ++tile) {
         float sum = 0.0f;
-        for (int64_t tile = 0; tile < a.ptiles; ++tile)
-            sum += a.dt[((h0 + i) * a.ptiles + tile) * a.tokens + t0 + x];
-        sums[i][x] = sum;
-    }
-    __syncthreads();
-    for (int i = y; i < kWarp && t0 + i < a.tokens && h0 + x < a.heads; i += kStep) {
-        T& to = a.grad.dt.data[(t0 + i) * a.grad.dt.stride + h0 + x];
-        to = from_float<T>(a.grad.set.dt ? sums[x][i] : to_float(to) + sums[x][i]);
+        for (int64_t c = threadIdx.x / kP; c < a.tiles; c += kReduceThreads / kP)
+            sum += a.partial[(c * a.heads + h) * a.ptiles + tile].D[column];
+        __syncthreads();
+        columns[threadIdx.x] = sum;
+        __syncthreads();
+        const int64_t j = tile * kP + threadIdx.x;
+        if (threadIdx.x >= kP || j >= a.p) continue;
+        sum = 0.0f;
+        for (int k = 0; k < kReduceThreads / kP; ++k) sum += columns[k * kP + threadIdx.x];
+        a.grad.D.data[h * a.grad.D.stride + j] += sum;
     }
 }
 
@@ -154,29 +118,17 @@ __global__ void __launch_bounds__(kReduceThreads) ReduceTime(const __grid_consta
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) ReduceHead(const __grid_constant__ BackwardParams<T> a) {
     __shared__ float scratch[kReduceThreads / kWarp], columns[kReduceThreads];
-    const int64_t h = blockIdx.x, parts = a.heads * a.ptiles;
+    const int64_t h = blockIdx.x;
     float sum_A = 0.0f, sum_dt = 0.0f, sum_D = 0.0f;
-    for (int64_t tile = 0; tile < a.ptiles; ++tile) {
-        const int64_t v = h * a.ptiles + tile;
-        for (int64_t c = threadIdx.x; c < a.chunks; c += kReduceThreads) sum_A += a.A[c * parts + v];
-        for (int64_t t = threadIdx.x; t < a.tokens; t += kReduceThreads) sum_dt += a.dt[v * a.tokens + t];
-        float column = 0.0f;  // of tile's elements; four threads each
-        for (int64_t c = threadIdx.x / kP; c < a.chunks; c += kReduceThreads / kP)
-            column += a.D[(c * parts + v) * kP + threadIdx.x % kP];
-        sum_D += column;
-        __syncthreads();
-        columns[threadIdx.x] = column;
-        __syncthreads();
-        const int64_t j = tile * kP + threadIdx.x;
-        if (a.grad.D.data != nullptr && a.grad.D.shape[1] > 1 && threadIdx.x < kP && j < a.p) {
-            float sum = 0.0f;
-            for (int k = 0; k < kReduceThreads / kP; ++k) sum += columns[k * kP + threadIdx.x];
-            a.grad.D.data[h * a.grad.D.stride + j] += sum;
-        }
+    for (int64_t c = threadIdx.x; c < a.tiles; c += kReduceThreads) {
+        sum_A += a.A[h * a.tiles + c];
+        sum_dt += a.dt_bias[h * a.tiles + c];
+        sum_D += a.D[h * a.tiles + c];
     }
     sum_A = block_sum(sum_A, scratch);
     sum_dt = block_sum(sum_dt, scratch);
     sum_D = block_sum(sum_D, scratch);
+    if (a.grad.D.data != nullptr && a.grad.D.shape[1] > 1) reduce_D(a, h, columns);
     if (threadIdx.x != 0) return;
     if (a.grad.A.data != nullptr) a.grad.A.data[h * a.grad.A.stride] += sum_A;
     if (a.grad.dt_bias.data != nullptr) a.grad.dt_bias.data[h * a.grad.dt_bias.stride] += sum_dt;
@@ -188,13 +140,8 @@ template <class T, int N>
 void launch(const Exec& ex, const BackwardParams<T>& a) {
     constexpr std::string_view op = "ssd_backward";
     const cudaStream_t stream = stream_of(ex);
-    allow_shared(Pass<T, N>, sizeof(PassTiles<T, N>), op);
     allow_shared(Chunk<T, N>, sizeof(ChunkTiles<T, N>), op);
-    Pass<T, N><<<static_cast<unsigned>(a.sequences.count * a.heads * a.ptiles), kPassThreads,
-                 sizeof(PassTiles<T, N>), stream>>>(a);
-    check_launch(op);
-    if (a.tokens == 0) return;
-    const dim3 blocks(static_cast<unsigned>(a.chunks), static_cast<unsigned>(a.groups * a.slices));
+    const dim3 blocks(static_cast<unsigned>(a.tiles), static_cast<unsigned>(a.groups * a.slices));
     Chunk<T, N><<<blocks, kThreads, sizeof(ChunkTiles<T, N>), stream>>>(a);
     check_launch(op);
     if (a.slices > 1 && (a.grad.B || a.grad.C)) {
@@ -202,74 +149,89 @@ void launch(const Exec& ex, const BackwardParams<T>& a) {
             <<<blocks_for(a.tokens * a.groups * a.n, kReduceThreads), kReduceThreads, 0, stream>>>(a);
         check_launch(op);
     }
-    if (a.grad.dt) {
-        const dim3 grid(blocks_for(a.tokens, kWarp), blocks_for(a.heads, kWarp));
-        ReduceTime<T><<<grid, kReduceThreads, 0, stream>>>(a);
-        check_launch(op);
-    }
+    Finish<T><<<blocks_for(a.tiles * a.heads, kReduceThreads / kWarp), kReduceThreads, 0, stream>>>(a);
+    check_launch(op);
     ReduceHead<T><<<static_cast<unsigned>(a.heads), kReduceThreads, 0, stream>>>(a);
     check_launch(op);
 }
 
 template <class T>
-BackwardParams<T> make_params(const SsdInputs<T>& in, View<const float, 4> chunk_states,
-                              View<const T, 3> grad_y, View<const float, 4> grad_final_state,
-                              const SsdGradients<T>& grad) {
-    BackwardParams<T> a{in, chunk_states, grad_final_state, grad_y, grad};
+BackwardParams<T> make_params(const Exec& ex, const SsdInputs<T>& in, const TilingOnDevice& tiling,
+                              View<const T, 3> grad_y, const SsdGradients<T>& grad) {
+    BackwardParams<T> a{in, grad_y, grad, tiling.get()};
     a.heads = in.x.shape[1];
     a.p = in.x.shape[2];
     a.groups = in.B.shape[1];
     a.n = in.B.shape[2];
     a.tokens = in.x.shape[0];
+    a.tiles = tiling.tiles();
     a.ptiles = tiles_of(a.p, kP);
+    a.slices = slices_for(a.tiles * a.groups, a.heads / a.groups * a.ptiles, ex.cuda->multiprocessors());
     a.packed_x = packed16(in.x.data, in.x.stride, in.x.shape);
     a.packed_B = packed16(in.B.data, in.B.stride, in.B.shape);
     a.packed_C = packed16(in.C.data, in.C.stride, in.C.shape);
     a.packed_grad_y = packed16(grad_y.data, grad_y.stride, grad_y.shape);
-    a.packed_state = packed16(chunk_states.data, chunk_states.stride, chunk_states.shape);
-    a.packed_Z = a.n % (16 / static_cast<int64_t>(sizeof(T))) == 0;
-    a.paired_x = packable(grad.x.data, grad.x.stride, 2) && a.p % 2 == 0;
+    a.packed4_x = packable(grad.x.data, grad.x.stride, 4) && a.p % 4 == 0;
     a.paired_B = packable(grad.B.data, grad.B.stride, 2) && a.n % 2 == 0;
     a.paired_C = packable(grad.C.data, grad.C.stride, 2) && a.n % 2 == 0;
     return a;
 }
 
-// As many slices of a group's heads as fill the device twice over.
-template <class T>
-int64_t slices_of(const Exec& ex, const BackwardParams<T>& a) {
-    const int64_t blocks = std::max<int64_t>(1, a.chunks * a.groups), wanted = 2 * ex.cuda->multiprocessors();
-    return std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, a.heads / a.groups * a.ptiles);
+// S from the begin of each chunk onwards, Z from the end of each sequence backwards, side by side.
+template <class T, int N>
+void walk_both(const Exec& ex, const BackwardParams<T>& a, const TilingOnDevice& tiling,
+               View<const float, 4> chunk_states, View<const float, 4> grad_final_state, T* S, T* Z) {
+    const int64_t parts = a.heads * a.ptiles;
+    WalkParams<T> w{a.tiling, a.times, a.heads, a.ptiles, a.groups, a.p, a.n};
+    Walks<T>& back = w.walks[0];
+    back.rows = a.grad_y;
+    back.columns = a.in.C;
+    back.packed_rows = a.packed_grad_y;
+    back.packed_columns = a.packed_C;
+    back.backwards = true;
+    back.add = true;
+    back.from = grad_final_state;
+    back.last = a.grad.initial_state;
+    back.states = Z;
+    back.count = a.tiling.sequences.count * parts;
+    Walks<T>& on = w.walks[1];
+    on.rows = a.in.x;
+    on.columns = a.in.B;
+    on.packed_rows = a.packed_x;
+    on.packed_columns = a.packed_B;
+    on.by_chunk = true;
+    on.from = chunk_states;
+    on.states = S;
+    on.count = tiling.chunks() * parts;
+    walk<T, N>(ex, w, "ssd_backward");
 }
 
-template <class T>
+template <class T, int N>
 void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
               View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
               int64_t chunk) {
-    BackwardParams<T> a = make_params(in, chunk_states, grad_y, grad_final_state, grad);
-    const std::vector<int64_t> first = first_chunks(in.cu_seqlens, chunk);
-    const SequencesOnDevice sequences(ex, in.cu_seqlens), first_there(ex, first);
-    a.sequences = sequences.get();
-    a.first = first_there.get();
-    a.chunk = chunk;
-    a.chunks = first.back();
-    a.slices = slices_of(ex, a);
+    const TilingOnDevice tiling(ex, in.cu_seqlens, chunk);
+    BackwardParams<T> a = make_params(ex, in, tiling, grad_y, grad);
     const auto size = [](int64_t count) { return static_cast<size_t>(std::max<int64_t>(count, 1)); };
-    const int64_t parts = a.heads * a.ptiles;
-    const int64_t partial = a.slices > 1 ? a.slices * a.tokens * a.groups * a.n : 0;
-    const Scratch<T> Z(ex, size(a.chunks * a.heads * a.p * a.n));
-    const Scratch<float> dt(ex, size(parts * a.tokens)), A(ex, size(a.chunks * parts)),
-        D(ex, size(a.chunks * parts * kP)), B(ex, size(partial)), C(ex, size(partial));
+    const int64_t units = a.tiles * a.heads, states = units * a.ptiles * kP * N;
+    const int64_t sums = a.slices > 1 ? a.slices * a.tokens * a.groups * a.n : 0;
+    const Scratch<Times> times(ex, size(units));
+    const Scratch<Partial> partial(ex, size(units * a.ptiles));
+    const Scratch<T> S(ex, size(states)), Z(ex, size(states));
+    const Scratch<float> A(ex, size(units)), dt_bias(ex, size(units)), D(ex, size(units)), B(ex, size(sums)),
+        C(ex, size(sums));
+    a.times = times.data();
+    a.S = S.data();
     a.Z = Z.data();
-    a.dt = dt.data();
+    a.partial = partial.data();
     a.A = A.data();
+    a.dt_bias = dt_bias.data();
     a.D = D.data();
     a.B = B.data();
     a.C = C.data();
-    if (a.n <= 64) {
-        launch<T, 64>(ex, a);
-    } else {
-        launch<T, kMaxN>(ex, a);
-    }
+    make_times(ex, in, a.tiling, a.tiles, times.data(), "ssd_backward");
+    walk_both<T, N>(ex, a, tiling, chunk_states, grad_final_state, S.data(), Z.data());
+    if (a.tokens > 0) launch<T, N>(ex, a);
 }
 
 }  // namespace
@@ -279,15 +241,11 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
                   View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
                   int64_t chunk) {
     require_state_width("ssd_backward", in.B.shape[2]);
-    if (chunk <= kQ) return backward(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
-    // Longer chunks are cut; the states entering the pieces are computed again.
-    const int64_t chunks = first_chunks(in.cu_seqlens, kQ).back();
-    const std::array<int64_t, 4> shape{chunks, in.x.shape[1], in.x.shape[2], in.B.shape[2]};
-    const Scratch<float> memory(
-        ex, static_cast<size_t>(std::max<int64_t>(1, shape[0] * shape[1] * shape[2] * shape[3])));
-    const View<float, 4> states(memory.data(), shape);
-    ssd<T>(ex, in, View<T, 3>(), View<float, 4>(), states, kQ);
-    backward(ex, in, View<const float, 4>(states), grad_y, grad_final_state, grad, kQ);
+    if (in.B.shape[2] <= 64) {
+        backward<T, 64>(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
+    } else {
+        backward<T, kMaxN>(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
+    }
 }
 
 template void ssd_backward(const Exec&, const SsdInputs<float>&, View<const float, 4>, View<const float, 3>,

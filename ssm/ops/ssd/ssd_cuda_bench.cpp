@@ -61,7 +61,9 @@ struct Arguments {
         in.D = D.view<const float, 2>();
         in.dt_bias = bias.view<const float, 1>();
         in.cu_seqlens = cu_seqlens;
-        states = Tensor::zeros(cuda_exec(), {ssd_chunks(cu_seqlens, 64), s.h, s.p, s.n});
+    }
+    void save(const Shape& s, int64_t chunk) {
+        states = Tensor::zeros(cuda_exec(), {ssd_chunks(cu_seqlens, chunk), s.h, s.p, s.n});
     }
     // Written, not added to, as in training.
     SsdGradients<T> gradients(const Shape& s) {
@@ -143,12 +145,15 @@ bool right(const Shape& s, const Arguments<T>& a) {
     return relative_l2(actual, expected) <= (std::is_same_v<T, float> ? 1e-5 : 1e-2);
 }
 
+// Saves the states of chunks of `chunk` tokens, or none.
 template <class T>
-void forward(benchmark::State& state, const Shape& s, bool save) {
+void forward(benchmark::State& state, const Shape& s, int64_t chunk = 0) {
     Arguments<T> a(s);
+    const bool save = chunk > 0;
+    if (save) a.save(s, chunk);
     const auto call = [&](int64_t) {
         ssd<T>(cuda_exec(), a.in, a.y.template view<T, 3>(), {},
-               save ? a.states.template view<float, 4>() : View<float, 4>());
+               save ? a.states.template view<float, 4>() : View<float, 4>(), {.chunk = save ? chunk : 64});
     };
     call(0);
     if (!right(s, a)) return state.SkipWithError("wrong answer");
@@ -158,13 +163,15 @@ void forward(benchmark::State& state, const Shape& s, bool save) {
 }
 
 template <class T>
-void backward(benchmark::State& state, const Shape& s) {
+void backward(benchmark::State& state, const Shape& s, int64_t chunk = 64) {
     Arguments<T> a(s);
+    a.save(s, chunk);
     const SsdGradients<T> g = a.gradients(s);
-    ssd<T>(cuda_exec(), a.in, a.y.template view<T, 3>(), {}, a.states.template view<float, 4>());
+    ssd<T>(cuda_exec(), a.in, a.y.template view<T, 3>(), {}, a.states.template view<float, 4>(),
+           {.chunk = chunk});
     const auto call = [&](int64_t) {
         ssd_backward<T>(cuda_exec(), a.in, a.states.template view<const float, 4>(),
-                        a.grad_y.template view<const T, 3>(), {}, g);
+                        a.grad_y.template view<const T, 3>(), {}, g, {.chunk = chunk});
     };
     call(0);
     // The loss is linear in C, so sum(C grad C) = sum(grad_y (y - D x)).
@@ -211,11 +218,14 @@ void add(const std::string& name, std::function<void(benchmark::State&)> f) {
 void register_all() {
     for (const Shape& s : kShapes) {
         const std::string name = std::string("/") + s.name;
-        add("forward_bf16" + name, [&s](benchmark::State& b) { forward<bf16>(b, s, false); });
-        add("forward_save_bf16" + name, [&s](benchmark::State& b) { forward<bf16>(b, s, true); });
-        add("backward_bf16" + name, [&s](benchmark::State& b) { backward<bf16>(b, s); });
+        add("forward_bf16" + name, [&s](benchmark::State& b) { forward<bf16>(b, s); });
+        for (const int64_t chunk : {64, 512, 2048}) {
+            const std::string saved = fmt::format("_save{}_bf16", chunk) + name;
+            add("forward" + saved, [&s, chunk](benchmark::State& b) { forward<bf16>(b, s, chunk); });
+            add("backward" + saved, [&s, chunk](benchmark::State& b) { backward<bf16>(b, s, chunk); });
+        }
         if (s.h > 24) continue;
-        add("forward_f32" + name, [&s](benchmark::State& b) { forward<float>(b, s, false); });
+        add("forward_f32" + name, [&s](benchmark::State& b) { forward<float>(b, s); });
         add("backward_f32" + name, [&s](benchmark::State& b) { backward<float>(b, s); });
     }
     for (const int64_t sequences : {1, 8, 64}) {

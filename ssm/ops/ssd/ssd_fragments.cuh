@@ -168,6 +168,26 @@ __device__ inline void multiply(Sum& s, const Left<bf16>& a, const Right<bf16>& 
 __device__ inline int row_of(int e) { return static_cast<int>(threadIdx.x % kWarp / 4) + e / 2 % 2 * 8; }
 __device__ inline int column_of(int e) { return static_cast<int>(threadIdx.x % 4 * 2) + e % 2 + e / 4 * 8; }
 
+// Four neighbours of a row of a Sum: pairs of lanes exchange, so that a row's 16 columns are four lanes'
+// fours.
+struct Four {
+    float v[4];
+};
+__device__ inline int column_of_four() {
+    const int c = threadIdx.x % 4;
+    return 2 * c + (c % 2 == 0 ? 0 : 6);
+}
+// `below`: of the row eight further down. By all lanes of a warp.
+template <bool below>
+__device__ inline Four four_of(const Sum& s) {
+    constexpr int r = below ? 2 : 0;
+    const bool odd = threadIdx.x % 2 != 0;
+    const float a = odd ? s.v[4 + r] : s.v[r], b = odd ? s.v[5 + r] : s.v[1 + r],
+                c = __shfl_xor_sync(kAllLanes, odd ? s.v[r] : s.v[4 + r], 1),
+                d = __shfl_xor_sync(kAllLanes, odd ? s.v[1 + r] : s.v[5 + r], 1);
+    return odd ? Four{{c, d, a, b}} : Four{{a, b, c, d}};
+}
+
 // Sums to shared memory: block `s` at m, rows of ld.
 template <class E>
 __device__ inline void store(E* m, int ld, const Sum& s) {

@@ -1,4 +1,5 @@
-// Tiles of the CUDA kernels of ssd: 64 tokens of one head in shared memory, and their time steps. Private.
+// Tiles of the CUDA kernels of ssd: how time is cut into 64 tokens or fewer, tiles of them in shared memory,
+// and what their time steps come to. Private.
 #pragma once
 
 #include "ssm/core/cuda/context.h"
@@ -11,63 +12,92 @@ namespace ssm::cuda {
 constexpr int kQ = 64;   // tokens of a tile
 constexpr int kP = 64;   // elements of a head in a tile; a wider head is several tiles
 constexpr int kPad = 8;  // behind each row in shared memory: no two rows of a fragment in one bank
+constexpr int kLdP = kP + kPad, kLdQ = kQ + kPad;
 constexpr int kMaxN = 128;
 
 // ---- tiles
-// kRows x kColumns from rows `stride` apart, rounded to E; zero from `rows` and `columns` on. `packed`: rows
-// are aligned to 16 bytes and `columns` is a multiple of what 16 bytes hold.
-template <int kRows, int kColumns, int kThreads, class E, class T>
-__device__ inline void load_tile(E* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
+__device__ inline void copy16(void* to, const void* from, bool inside = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// kRows x kColumns from rows `stride` apart; zero from `rows` and `columns` on. `packed`: rows are aligned to
+// 16 bytes and `columns` is a multiple of what 16 bytes hold; then by asynchronous copies: wait_copies() and
+// a barrier before use.
+template <int kRows, int kColumns, int kThreads, class T>
+__device__ inline void copy_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
     constexpr int kLd = kColumns + kPad, kPack = 16 / sizeof(T), kPacks = kColumns / kPack;
+    static_assert(kRows * kPacks % kThreads == 0);
     if (packed) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < kRows * kPacks; i += kThreads) {
-            const int row = i / kPacks, column = i % kPacks * kPack;
-            Pack<T, kPack> v = {};
-            if (row < rows && column < columns) v = load_pack<kPack>(from + row * stride + column);
-            if constexpr (sizeof(T) == sizeof(E)) {
-                store_pack(to + row * kLd + column, v);
-            } else {
-                Pack<E, kPack> rounded;
 #pragma unroll
-                for (int k = 0; k < kPack; ++k) rounded.at[k] = from_float<E>(to_float(v.at[k]));
-                store_pack(to + row * kLd + column, rounded);
-            }
+        for (int k = 0; k < kRows * kPacks / kThreads; ++k) {
+            const int i = static_cast<int>(threadIdx.x) + k * kThreads, row = i / kPacks,
+                      column = i % kPacks * kPack;
+            const bool inside = row < rows && column < columns;
+            copy16(to + row * kLd + column, inside ? from + row * stride + column : from, inside);
         }
     } else {
         for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
             const int row = i / kColumns, column = i % kColumns;
             const bool inside = row < rows && column < columns;
-            to[row * kLd + column] = from_float<E>(inside ? to_float(from[row * stride + column]) : 0.0f);
+            to[row * kLd + column] = inside ? from[row * stride + column] : from_float<T>(0.0f);
         }
     }
 }
 
-// The same without waiting: by asynchronous copies where rows are packed; wait_copies() and a barrier before
-// use.
-template <int kRows, int kColumns, int kThreads, class T>
-__device__ inline void copy_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
-    if (!packed) return load_tile<kRows, kColumns, kThreads>(to, from, stride, rows, columns, false);
-    constexpr int kLd = kColumns + kPad, kPack = 16 / sizeof(T), kPacks = kColumns / kPack;
-    static_assert(kRows * kPacks % kThreads == 0);
-#pragma unroll
-    for (int k = 0; k < kRows * kPacks / kThreads; ++k) {
-        const int i = static_cast<int>(threadIdx.x) + k * kThreads, row = i / kPacks,
-                  column = i % kPacks * kPack;
-        const bool inside = row < rows && column < columns;
-        const T* source = inside ? from + row * stride + column : from;
-        const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(to + row * kLd + column));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-                     "r"(inside ? 16 : 0)
-                     : "memory");
-    }
-}
-__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Time steps of a tile's tokens; those from `length` on have dt 0 and the last decay sum.
-struct Decays {
-    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A
+// How sequences are cut: into chunks of `chunk` tokens, these into tiles of kQ, the last of each shorter.
+struct Tiling {
+    Sequences sequences, tiles, chunks;  // the first token, tile and chunk of each sequence
+    int64_t chunk, tiles_per_chunk;
 };
+struct Tile {
+    int64_t begin;
+    int length;
+};
+// The k-th tile of sequence s.
+__device__ inline Tile tile_at(const Tiling& t, int64_t s, int64_t k) {
+    const int64_t chunk_begin = t.sequences.offset(s) + k / t.tiles_per_chunk * t.chunk,
+                  begin = chunk_begin + k % t.tiles_per_chunk * kQ,
+                  end = min(t.sequences.offset(s + 1), chunk_begin + t.chunk);
+    return {begin, static_cast<int>(min(end - begin, static_cast<int64_t>(kQ)))};
+}
+// The sequence that tile (or chunk) i is of, given the first ones of each sequence.
+__device__ inline int64_t sequence_of(const Sequences& first, int64_t i) {
+    int64_t low = 0, high = first.count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (first.offset(middle) <= i ? low : high) = middle;
+    }
+    return low;
+}
+__device__ inline Tile tile_at(const Tiling& t, int64_t tile) {
+    const int64_t s = sequence_of(t.tiles, tile);
+    return tile_at(t, s, tile - t.tiles.offset(s));
+}
+
+// One tile of a head's elements: p0 .. p0 + columns of head h.
+struct Part {
+    int64_t h, p0;
+    int columns;
+};
+__device__ inline Part part_at(int64_t v, int64_t ptiles, int64_t p) {
+    const int64_t p0 = v % ptiles * kP;
+    return {v / ptiles, p0, static_cast<int>(min(p - p0, static_cast<int64_t>(kP)))};
+}
+
+// What the time steps of a tile and head come to. Tokens behind the tile's end have dt 0 and the last l.
+struct alignas(16) Times {
+    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A
+    float e[kQ], w[kQ], r[kQ];   // exp(l); dt r; r = exp(l_q - l)
+};
+__device__ inline void copy_times(Times& to, const Times& from) {
+    constexpr int kPacks = sizeof(Times) / 16;
+    const int i = threadIdx.x;
+    if (i < kPacks) copy16(reinterpret_cast<float4*>(&to) + i, reinterpret_cast<const float4*>(&from) + i);
+}
 
 template <class T>
 __device__ inline float raw_dt(const SsdInputs<T>& in, int64_t t, int64_t h) {
@@ -79,48 +109,49 @@ template <class T>
 __device__ inline float step_of_raw(const SsdInputs<T>& in, float raw) {
     return in.dt_softplus ? fminf(fmaxf(exact_softplus(raw), in.dt_min), in.dt_max) : raw;
 }
+// Its derivative.
+template <class T>
+__device__ inline float slope_of_raw(const SsdInputs<T>& in, float raw) {
+    const float soft = exact_softplus(raw);
+    const bool inside = soft >= in.dt_min && soft <= in.dt_max;
+    return !in.dt_softplus ? 1.0f : inside ? 1.0f / (1.0f + expf(-raw)) : 0.0f;
+}
 template <class T>
 __device__ inline float step_size(const SsdInputs<T>& in, int64_t t, int64_t h) {
     return step_of_raw(in, raw_dt(in, t, h));
 }
 
-// A lane's two raw time steps of a tile; by one warp, as are those below.
-template <class T>
-__device__ inline float2 raw_pair(const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
-    const int i = 2 * (threadIdx.x % kWarp);
-    return {i < length ? raw_dt(in, begin + i, h) : 0.0f,
-            i + 1 < length ? raw_dt(in, begin + i + 1, h) : 0.0f};
-}
-template <class T>
-__device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, float2 raw, int length, int64_t h) {
-    const int lane = threadIdx.x % kWarp, i = 2 * lane;
-    const float dt0 = i < length ? step_of_raw(in, raw.x) : 0.0f;
-    const float dt1 = i + 1 < length ? step_of_raw(in, raw.y) : 0.0f;
-    const double A = in.A.data[h * in.A.stride];
-    double sum = static_cast<double>(dt0) + dt1;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-        const double other = __shfl_up_sync(kAllLanes, sum, offset);
-        if (lane >= offset) sum += other;
+// D of a part's elements, 0 where it is absent; by asynchronous copies of kP threads from `first` on.
+__device__ inline void copy_D(float* to, const View<const float, 2>& D, const Part& part, int first) {
+    const int j = static_cast<int>(threadIdx.x) - first;
+    if (j < 0 || j >= kP) return;
+    const bool given = D.data != nullptr && j < part.columns;
+    const float* from = given ? D.data + part.h * D.stride + (D.shape[1] == 1 ? 0 : part.p0 + j) : nullptr;
+    if (!given) {
+        to[j] = 0.0f;
+        return;
     }
-    d.dt[i] = dt0;
-    d.dt[i + 1] = dt1;
-    d.s[i] = static_cast<float>(sum - dt1);
-    d.s[i + 1] = static_cast<float>(sum);
-    d.l[i] = static_cast<float>((sum - dt1) * A);
-    d.l[i + 1] = static_cast<float>(sum * A);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to + j))),
+                 "l"(from)
+                 : "memory");
 }
 
+// f.v[0 .. inside) to to[0 .. inside). `packed`: four lie in one aligned word.
 template <class T>
-__device__ inline void make_decays(Decays& d, const SsdInputs<T>& in, int64_t begin, int length, int64_t h) {
-    make_decays(d, in, raw_pair(in, begin, length, h), length, h);
-}
-
-// D of a tile's elements, 0 where it is absent; by kP threads.
-__device__ inline void load_D(float* to, const View<const float, 2>& D, int64_t h, int64_t p0, int columns) {
-    const int j = threadIdx.x % kP;
-    const bool given = D.data != nullptr && j < columns;
-    to[j] = given ? D.data[h * D.stride + (D.shape[1] == 1 ? 0 : p0 + j)] : 0.0f;
+__device__ inline void give_four(T* to, const Four& f, int inside, bool set, bool packed) {
+    if (packed && inside >= 4) {
+        Pack<T, 4> v{};
+        if (!set) v = load_pack<4>(to);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v.at[k] = from_float<T>(set ? f.v[k] : to_float(v.at[k]) + f.v[k]);
+        store_pack(to, v);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        if (k < inside) to[k] = from_float<T>(set ? f.v[k] : to_float(to[k]) + f.v[k]);
+    }
 }
 
 // ---- host
@@ -131,14 +162,53 @@ bool packed16(const T* data, int64_t stride, const std::array<int64_t, R>& shape
     return packable(data, stride, n) && shape[R - 1] % n == 0;
 }
 
-inline std::vector<int64_t> first_chunks(CuSeqlens cu_seqlens, int64_t chunk) {
-    std::vector<int64_t> first{0};
-    for (size_t s = 1; s < cu_seqlens.size(); ++s)
-        first.push_back(first.back() + (cu_seqlens[s] - cu_seqlens[s - 1] + chunk - 1) / chunk);
-    return first;
-}
-
 inline int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// Makes a Tiling; must live until the kernels are launched.
+class TilingOnDevice {
+public:
+    TilingOnDevice(const Exec& ex, CuSeqlens cu_seqlens, int64_t chunk)
+        : chunk_(std::min(chunk, std::max<int64_t>(cu_seqlens.back(), 1))),
+          tiles_(first(cu_seqlens, chunk_, true)),
+          chunks_(first(cu_seqlens, chunk_, false)),
+          sequences_(ex, cu_seqlens),
+          tiles_there_(ex, tiles_),
+          chunks_there_(ex, chunks_) {}
+    Tiling get() const {
+        return {sequences_.get(), tiles_there_.get(), chunks_there_.get(), chunk_, tiles_of(chunk_, kQ)};
+    }
+    int64_t tiles() const { return tiles_.back(); }
+    int64_t chunks() const { return chunks_.back(); }
+
+private:
+    static std::vector<int64_t> first(CuSeqlens cu_seqlens, int64_t chunk, bool tiles) {
+        std::vector<int64_t> r{0};
+        for (size_t s = 1; s < cu_seqlens.size(); ++s) {
+            const int64_t length = cu_seqlens[s] - cu_seqlens[s - 1], whole = length / chunk;
+            const int64_t rest = length % chunk;
+            r.push_back(r.back() + (tiles ? whole * tiles_of(chunk, kQ) + tiles_of(rest, kQ)
+                                          : whole + (rest > 0 ? 1 : 0)));
+        }
+        return r;
+    }
+    int64_t chunk_;
+    std::vector<int64_t> tiles_, chunks_;
+    SequencesOnDevice sequences_, tiles_there_, chunks_there_;
+};
+
+// Into how many slices to cut `parts` for each of `blocks` blocks, of which `slots` run at once: a block
+// costs as much as two parts.
+inline int64_t slices_for(int64_t blocks, int64_t parts, int64_t slots) {
+    int64_t best = 1, least = -1;
+    for (int64_t slices = 1; slices <= parts; ++slices) {
+        const int64_t cost = tiles_of(blocks * slices, slots) * (tiles_of(parts, slices) + 2);
+        if (least < 0 || cost < least) {
+            best = slices;
+            least = cost;
+        }
+    }
+    return best;
+}
 
 // Dynamic shared memory beyond 48 KB has to be asked for.
 template <class Kernel>

@@ -1,0 +1,268 @@
+// Of ssd on CUDA, forward and backward: the kernels Times (time steps, once for all kernels) and Walk, which
+// carries a state over the tiles of a sequence in registers and leaves it in scratch before each tile.
+// Private; included once by each .cu.
+#pragma once
+
+#include "ssm/ops/ssd/ssd_tile.cuh"
+
+namespace ssm::cuda {
+namespace {
+
+constexpr int kTimesThreads = 256, kWalkThreads = 256;
+
+template <class T>
+struct TimesParams {
+    SsdInputs<T> in;
+    Tiling tiling;
+    int64_t count;  // tiles heads
+    Times* times;   // [tiles heads]
+};
+
+// A warp per tile and head; a lane has two tokens.
+template <class T>
+__global__ void __launch_bounds__(kTimesThreads) MakeTimes(const __grid_constant__ TimesParams<T> a) {
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * (kTimesThreads / kWarp) + threadIdx.x / kWarp;
+    if (unit >= a.count) return;
+    const int64_t heads = a.in.x.shape[1], h = unit % heads;
+    const Tile tile = tile_at(a.tiling, unit / heads);
+    const int lane = threadIdx.x % kWarp, i = 2 * lane;
+    const double A = a.in.A.data[h * a.in.A.stride];
+    float dt[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) dt[k] = i + k < tile.length ? step_size(a.in, tile.begin + i + k, h) : 0.0f;
+    double sum = static_cast<double>(dt[0]) + dt[1];
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const double other = __shfl_up_sync(kAllLanes, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    const double sums[2] = {sum - dt[1], sum};
+    const float last = static_cast<float>(__shfl_sync(kAllLanes, sum, kWarp - 1) * A);
+    Pack<float, 2> steps, s, l, e, w, r;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        steps.at[k] = dt[k];
+        s.at[k] = static_cast<float>(sums[k]);
+        l.at[k] = static_cast<float>(sums[k] * A);
+        e.at[k] = __expf(l.at[k]);
+        r.at[k] = __expf(last - l.at[k]);
+        w.at[k] = dt[k] * r.at[k];
+    }
+    Times& to = a.times[unit];
+    store_pack(to.dt + i, steps);
+    store_pack(to.s + i, s);
+    store_pack(to.l + i, l);
+    store_pack(to.e + i, e);
+    store_pack(to.w + i, w);
+    store_pack(to.r + i, r);
+}
+
+// Walks of one kind: state = exp(l_q) state + sum_j weight_j rows_j columns_j^T over tiles. Onwards, with
+// x, B and w, it is S; backwards, with grad y, C and e, the gradient Z.
+template <class T>
+struct Walks {
+    View<const T, 3> rows, columns;
+    bool packed_rows = false, packed_columns = false;
+    bool backwards = false, by_chunk = false;  // by_chunk: a walk per chunk, not per sequence
+    bool add = false;                          // to `last`
+    View<const float, 4> from;  // the state to start with, of each sequence or chunk, or absent
+    View<float, 4> saved;       // the state at the begin of each chunk, or absent
+    View<float, 4> last;        // the state after the last tile, of each sequence, or absent
+    T* states = nullptr;        // [tiles, heads * ptiles, kP, N]: before each tile; zero outside of [p n]
+    int64_t count = 0;          // of walks, x heads * ptiles
+};
+template <class T>
+struct WalkParams {
+    Tiling tiling;
+    const Times* times;
+    int64_t heads, ptiles, groups, p, n;
+    Walks<T> walks[2];
+};
+
+template <class T, int N>
+struct WalkTile {
+    T rows[kQ * kLdP], columns[kQ * (N + kPad)];
+    float factors[2 * kQ];  // Times::e, Times::w
+};
+template <class T, int N>
+struct WalkTiles {
+    WalkTile<T, N> in[2];
+    T stage[sizeof(T) == 2 ? kP * (N + kPad) : 4];
+};
+
+// What a block works on: tiles first, first + 1, .. or backwards, counted in sequence s.
+struct Course {
+    int64_t s, v, from_row, first, step, count;
+    Part part;
+};
+template <class T>
+__device__ Course course_of(const WalkParams<T>& a, const Walks<T>& w, int64_t block) {
+    const int64_t parts = a.heads * a.ptiles, i = block / parts;
+    Course c{};
+    c.v = block % parts;
+    c.part = part_at(c.v, a.ptiles, a.p);
+    c.s = w.by_chunk ? sequence_of(a.tiling.chunks, i) : i;
+    c.from_row = i;
+    c.count = a.tiling.tiles.offset(c.s + 1) - a.tiling.tiles.offset(c.s);
+    if (w.by_chunk) {
+        c.first = (i - a.tiling.chunks.offset(c.s)) * a.tiling.tiles_per_chunk;
+        c.count = min(c.count - c.first, a.tiling.tiles_per_chunk);
+    }
+    c.step = w.backwards ? -1 : 1;
+    if (w.backwards) c.first += c.count - 1;
+    return c;
+}
+
+// The warp's block of a state: 16 rows and one half of the columns.
+__device__ inline int walk_row() { return static_cast<int>(threadIdx.x) / kWarp % 4 * 16; }
+__device__ inline int walk_half() { return static_cast<int>(threadIdx.x) / kWarp / 4; }
+
+// f(element, its row, its column) for those inside [rows n].
+template <int N, class F>
+__device__ inline void each_of_state(Sum (&S)[N / 32], int rows, int n, const F& f) {
+    const int row = walk_row(), column = walk_half() * (N / 2);
+#pragma unroll
+    for (int b = 0; b < N / 32; ++b) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const int i = row + row_of(e), j = column + 16 * b + column_of(e);
+            if (i < rows && j < n) f(S[b].v[e], i * n + j);
+        }
+    }
+}
+// To [rows n] of f32, by pairs where they are aligned.
+template <int N>
+__device__ inline void write_state(float* to, const Sum (&S)[N / 32], int rows, int n) {
+    const int row = walk_row(), column = walk_half() * (N / 2);
+    const bool paired = n % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 8 == 0;
+#pragma unroll
+    for (int b = 0; b < N / 32; ++b) {
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int i = row + row_of(e), j = column + 16 * b + column_of(e);
+            if (i >= rows || j >= n) continue;
+            if (paired) {
+                store_pack(to + i * n + j, Pack<float, 2>{{S[b].v[e], S[b].v[e + 1]}});
+            } else {
+                to[i * n + j] = S[b].v[e];
+                if (j + 1 < n) to[i * n + j + 1] = S[b].v[e + 1];
+            }
+        }
+    }
+}
+// To [kP N] of scratch. bf16: through the warp's own part of `stage`, 16 bytes at a time.
+template <class T, int N>
+__device__ inline void leave_state(T* to, T* stage, const Sum (&S)[N / 32]) {
+    const int row = walk_row(), column = walk_half() * (N / 2);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int b = 0; b < N / 32; ++b) store(to + row * N + column + 16 * b, N, S[b]);
+    } else {
+        constexpr int kLd = N + kPad, kPacks = N / 16;
+        T* const own = stage + row * kLd + column;
+#pragma unroll
+        for (int b = 0; b < N / 32; ++b) store(own + 16 * b, kLd, S[b]);
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < 16 * kPacks / kWarp; ++k) {
+            const int i = static_cast<int>(threadIdx.x % kWarp) + k * kWarp, r = i / kPacks,
+                      c = i % kPacks * 8;
+            store_pack(to + (row + r) * N + column + c, load_pack<8>(own + r * kLd + c));
+        }
+        __syncwarp();
+    }
+}
+
+template <class T, int N>
+__device__ inline void fetch(WalkTile<T, N>& m, const WalkParams<T>& a, const Walks<T>& w, const Course& c,
+                             int64_t k) {
+    const Tile tile = tile_at(a.tiling, c.s, k);
+    const int64_t group = c.part.h / (a.heads / a.groups);
+    copy_tile<kQ, kP, kWalkThreads>(m.rows,
+                                    w.rows.data + tile.begin * w.rows.stride + c.part.h * a.p + c.part.p0,
+                                    w.rows.stride, tile.length, c.part.columns, w.packed_rows);
+    copy_tile<kQ, N, kWalkThreads>(m.columns, w.columns.data + tile.begin * w.columns.stride + group * a.n,
+                                   w.columns.stride, tile.length, static_cast<int>(a.n), w.packed_columns);
+    const Times& times = a.times[(a.tiling.tiles.offset(c.s) + k) * a.heads + c.part.h];
+    const int i = 4 * static_cast<int>(threadIdx.x);
+    if (i < 2 * kQ) copy16(m.factors + i, i < kQ ? times.e + i : times.w + (i - kQ));
+}
+
+template <class T, int N>
+__device__ inline void advance(Sum (&S)[N / 32], const WalkTile<T, N>& m, const float* weights) {
+    const float decay = m.factors[kQ - 1];
+#pragma unroll
+    for (int b = 0; b < N / 32; ++b) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) S[b].v[e] *= decay;
+    }
+#pragma unroll
+    for (int k = 0; k < kQ; k += 16) {
+        Left<T> rows = left<true>(m.rows, kLdP, walk_row(), k);
+        scale_columns(rows, weights + k);
+#pragma unroll
+        for (int b = 0; b < N / 32; ++b)
+            multiply(S[b], rows, right<true>(m.columns, N + kPad, k, walk_half() * (N / 2) + 16 * b));
+    }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kWalkThreads, sizeof(T) == 2 ? 3 : 2)
+    Walk(const __grid_constant__ WalkParams<T> a) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& m = *reinterpret_cast<WalkTiles<T, N>*>(memory);
+    const int64_t which = blockIdx.x >= a.walks[0].count ? 1 : 0;
+    const Walks<T>& w = a.walks[which];
+    const Course c = course_of(a, w, blockIdx.x - which * a.walks[0].count);
+    const int64_t offset = (c.part.h * a.p + c.part.p0) * a.n, parts = a.heads * a.ptiles;
+    const int rows = c.part.columns, n = static_cast<int>(a.n);
+    Sum S[N / 32];
+    if (w.from.data != nullptr) {
+        const float* from = w.from.data + c.from_row * w.from.stride + offset;
+        each_of_state<N>(S, rows, n, [&](float& v, int at) { v = from[at]; });
+    }
+    const int64_t updates = w.last.data != nullptr ? c.count : c.count - 1;  // who asks for the last?
+    if (updates > 0) fetch(m.in[0], a, w, c, c.first);
+    for (int64_t i = 0; i < c.count; ++i) {
+        const int64_t k = c.first + i * c.step;
+        WalkTile<T, N>& now = m.in[i % 2];
+        wait_copies();
+        __syncthreads();  // this tile is there, the other one is read
+        if (i + 1 < updates) fetch(m.in[1 - i % 2], a, w, c, k + c.step);
+        leave_state<T, N>(w.states + ((a.tiling.tiles.offset(c.s) + k) * parts + c.v) * (kP * N), m.stage, S);
+        if (w.saved.data != nullptr && k % a.tiling.tiles_per_chunk == 0) {
+            const int64_t row = a.tiling.chunks.offset(c.s) + k / a.tiling.tiles_per_chunk;
+            write_state<N>(w.saved.data + row * w.saved.stride + offset, S, rows, n);
+        }
+        if (i < updates) advance<T, N>(S, now, now.factors + (w.backwards ? 0 : kQ));
+    }
+    if (w.last.data == nullptr) return;
+    float* const to = w.last.data + c.s * w.last.stride + offset;
+    if (w.add) {
+        each_of_state<N>(S, rows, n, [&](float& v, int at) { to[at] += v; });
+    } else {
+        write_state<N>(to, S, rows, n);
+    }
+}
+
+template <class T>
+void make_times(const Exec& ex, const SsdInputs<T>& in, const Tiling& tiling, int64_t tiles, Times* times,
+                std::string_view op) {
+    const TimesParams<T> p{in, tiling, tiles * in.x.shape[1], times};
+    if (p.count == 0) return;
+    MakeTimes<T><<<blocks_for(p.count, kTimesThreads / kWarp), kTimesThreads, 0, stream_of(ex)>>>(p);
+    check_launch(op);
+}
+
+template <class T, int N>
+void walk(const Exec& ex, const WalkParams<T>& p, std::string_view op) {
+    constexpr size_t kBytes = sizeof(WalkTiles<T, N>);
+    const int64_t blocks = p.walks[0].count + p.walks[1].count;
+    if (blocks == 0) return;
+    allow_shared(Walk<T, N>, kBytes, op);
+    Walk<T, N><<<static_cast<unsigned>(blocks), kWalkThreads, kBytes, stream_of(ex)>>>(p);
+    check_launch(op);
+}
+
+}  // namespace
+}  // namespace ssm::cuda
