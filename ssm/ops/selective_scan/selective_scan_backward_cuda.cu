@@ -17,23 +17,26 @@ __device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, floa
 }
 
 // The thread's pairs of a tile, to a matrix of gradients.
-template <int K, int S, class T>
-__device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, int64_t d0,
-                                  const float2 (&value)[Block<K, S>::kTwos], bool set, bool paired) {
+template <class T, int K, int S>
+__device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, const Channels<K, S>& c,
+                                  const float2 (&value)[Block<K, S>::kTwos], bool set) {
     using Shape = Block<K, S>;
     if (to.data == nullptr) return;
-    const int64_t channel = d0 + Shape::channel(), apart = Shape::kApart * to.stride;
-    T* at = to.data + (t0 + Shape::token(0)) * to.stride + channel;
-    if (paired && set && count >= kTile) {
+    T* const row = to.data + t0 * to.stride + c.d0;
+    const int stride = static_cast<int>(to.stride);
+    if (c.paired && set && count >= kTile) {
+        T* at = row + c.offset(stride);
+        const int64_t apart = Shape::kApart * to.stride;
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i, at += apart)
             *reinterpret_cast<Two<T>*>(at) = two_of<T>(value[i]);
         return;
     }
-    const bool both = channel + 1 < to.shape[1];
+    const bool both = c.d0 + Shape::channel() + 1 < to.shape[1];
 #pragma unroll
-    for (int i = 0; i < Shape::kTwos; ++i, at += apart) {
+    for (int i = 0; i < Shape::kTwos; ++i) {
         if (Shape::token(i) >= count) continue;
+        T* const at = row + (Shape::token(i) * stride + Shape::channel());
         at[0] = from_float<T>(set ? value[i].x : to_float(at[0]) + value[i].x);
         if (both) at[1] = from_float<T>(set ? value[i].y : to_float(at[1]) + value[i].y);
     }
@@ -60,15 +63,16 @@ __device__ inline PairGradients pair_gradients(float u, float z, float grad_y, f
 
 template <class T, int K, int S>
 __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardShared<T, K, S>& m, int64_t t0,
-                                    int count, int64_t d0, float2 bias, float2 D, ChannelGradients& sums) {
+                                    int count, const Channels<K, S>& c, float2 bias, float2 D,
+                                    ChannelGradients& sums) {
     using Shape = Block<K, S>;
     const int channel = Shape::channel();
-    if (d0 + channel >= p.u.shape[1]) return;
+    if (c.d0 + channel >= p.u.shape[1]) return;
     float2 gu[Shape::kTwos], gdelta[Shape::kTwos], gz[Shape::kTwos];
     PairTile<T, K, S> us, zs, grads;  // read again: kept, they would cost a block its registers
     PairTile<float, K, S> deltas;
-    us.load(p.u, t0, count, d0, p.paired), zs.load(p.z, t0, count, d0, p.paired);
-    deltas.load(p.delta, t0, count, d0, p.paired), grads.load(p.grad_y, t0, count, d0, p.paired);
+    us.load(p.u, t0, count, c), zs.load(p.z, t0, count, c);
+    deltas.load(p.delta, t0, count, c), grads.load(p.grad_y, t0, count, c);
     const bool gated = p.z.data != nullptr;
 #pragma unroll
     for (int i = 0; i < Shape::kTwos; ++i) {
@@ -95,9 +99,9 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
 #pragma unroll
     for (int i = 0; i < Shape::kTwos; ++i)
         if (Shape::token(i) < count) sums.bias.x += gdelta[i].x, sums.bias.y += gdelta[i].y;
-    give_pairs<K, S>(p.grad_u, t0, count, d0, gu, p.set.u, p.paired);
-    give_pairs<K, S>(p.grad_delta, t0, count, d0, gdelta, p.set.delta, p.paired);
-    give_pairs<K, S>(p.grad_z, t0, count, d0, gz, p.set.z, p.paired);
+    give_pairs(p.grad_u, t0, count, c, gu, p.set.u);
+    give_pairs(p.grad_delta, t0, count, c, gdelta, p.set.delta);
+    give_pairs(p.grad_z, t0, count, c, gz, p.set.z);
 }
 
 // Sums of the rows that tokens kFlush * `flush` ... left, four at a time.
@@ -168,9 +172,10 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     load_states(walk.gh, p.entering != nullptr ? p.entering + row * d * n : nullptr, c, d, n, part);
     ChannelGradients sums;
     const int64_t first_tile = p.first_tile.first.offset(span.sequence);
+    const Channels<K, S> channels(d0, d, p.paired);
     BackwardIncoming<T, K, S> x;
     const auto load = [&](BackwardIncoming<T, K, S>& to, int64_t t0) {
-        to.load(p, t0, span.end, d0);
+        to.load(p, t0, span.end, channels);
         load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part,
                     p.packed_states);
     };
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
             walk.down(0);
             __syncthreads();
         }
-        finish_pairs(p, m, t0, count, d0, bias, D, sums);
+        finish_pairs(p, m, t0, count, channels, bias, D, sums);
         if (p.rows != nullptr) finish_rows(p, m, t0, count, 0);
         __syncthreads();
     }
@@ -269,6 +274,7 @@ BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const T, 2>
     BackwardParams<T> p{};
     require_stride(in.u), require_stride(in.z), require_stride(in.delta), require_stride(grad_y);
     require_stride(in.B), require_stride(in.C);
+    require_stride(grad.u), require_stride(grad.delta), require_stride(grad.z);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C, p.grad_y = grad_y;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
     p.grad_u = grad.u, p.grad_delta = grad.delta, p.grad_z = grad.z, p.set = grad.set;

@@ -40,13 +40,13 @@ struct BackwardIncoming {
     RowTile<K, S> B, C;
     float state[K];
 
-    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0, p.paired);
-        z.load(p.z, t0, count, d0, p.paired);
-        grad_y.load(p.grad_y, t0, count, d0, p.paired);
+        delta.load(p.delta, t0, count, c);
+        z.load(p.z, t0, count, c);
+        grad_y.load(p.grad_y, t0, count, c);
         C.load(p.C, t0, count, p.packed);
-        u.load(p.u, t0, count, d0, p.paired);
+        u.load(p.u, t0, count, c);
         B.load(p.B, t0, count, p.packed);
     }
     // Of what silu(z) gates: 0 where no such pair exists.

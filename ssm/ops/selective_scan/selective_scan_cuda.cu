@@ -27,13 +27,13 @@ struct Incoming {
     RowTile<K, S> B, C;
 
     template <bool kY>
-    __device__ void load(const ScanParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+    __device__ void load(const ScanParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0, p.paired);
-        u.load(p.u, t0, count, d0, p.paired);
+        delta.load(p.delta, t0, count, c);
+        u.load(p.u, t0, count, c);
         B.load(p.B, t0, count, p.packed);
         if constexpr (kY) {
-            z.load(p.z, t0, count, d0, p.paired);
+            z.load(p.z, t0, count, c);
             C.load(p.C, t0, count, p.packed);
         }
     }
@@ -193,10 +193,11 @@ __device__ inline void walk_tokens(Shared<T, K, S>& m, int channel, int part, co
 
 template <class T, int K, int S>
 __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, const PairTile<T, K, S>& u,
-                              const PairTile<T, K, S>& z, int64_t t0, int count, int64_t d0, float2 D) {
+                              const PairTile<T, K, S>& z, int64_t t0, int count, const Channels<K, S>& c,
+                              float2 D) {
     using Shape = Block<K, S>;
-    const int64_t channel = d0 + Shape::channel(), d = p.u.shape[1];
-    if (channel >= d) return;
+    const int left = static_cast<int>(p.u.shape[1] - c.d0) - Shape::channel();
+    if (left <= 0) return;
     float2 y[Shape::kTwos];
 #pragma unroll
     for (int i = 0; i < Shape::kTwos; ++i) {
@@ -211,17 +212,20 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, 
             y[i] = {y[i].x * silu_fast(v.x), y[i].y * silu_fast(v.y)};
         }
     }
-    T* to = p.y.data + (t0 + Shape::token(0)) * p.y.stride + channel;
-    const int64_t apart = Shape::kApart * p.y.stride;
+    T* const row = p.y.data + t0 * p.y.stride + c.d0;
+    const int stride = static_cast<int>(p.y.stride);
     if (p.paired && count >= kTile) {
+        T* to = row + c.offset(stride);
+        const int64_t apart = Shape::kApart * p.y.stride;
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i, to += apart) *reinterpret_cast<Two<T>*>(to) = two_of<T>(y[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < Shape::kTwos; ++i, to += apart) {
+        for (int i = 0; i < Shape::kTwos; ++i) {
             if (Shape::token(i) >= count) continue;
+            T* const to = row + (Shape::token(i) * stride + Shape::channel());
             to[0] = from_float<T>(y[i].x);
-            if (channel + 1 < d) to[1] = from_float<T>(y[i].y);
+            if (left > 1) to[1] = from_float<T>(y[i].y);
         }
     }
 }
@@ -242,14 +246,15 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     const int64_t row = p.segments.split ? span.index : span.sequence;
     load_states(h, p.entering != nullptr ? p.entering + row * d * n : nullptr, d0 + channel, d, n, part);
     const bool aligned = p.chunk % kTile == 0;
+    const Channels<K, S> channels(d0, d, p.paired);
     Incoming<T, K, S> x;
-    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, d0);
+    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, channels);
     for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
         m.template stage<kY>(x, count, n, bias, p.softplus);
         __syncthreads();
         const PairTile<T, K, S> u = x.u, z = x.z;
-        x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, d0);
+        x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, channels);
         const auto save = [&](int t) {
             const int64_t at = t0 + t - span.start;
             if (p.chunk_states != nullptr && t < count && at % p.chunk == 0)
@@ -264,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
             walk_tokens<T, kY>(m, channel, part, A, h, save);
         }
         __syncthreads();
-        if constexpr (kY) finish(p, m, u, z, t0, count, d0, D);
+        if constexpr (kY) finish(p, m, u, z, t0, count, channels, D);
     }
     if (p.final_state != nullptr && span.last)
         store_states(p.final_state + span.sequence * d * n, h, d0 + channel, d, n, part);

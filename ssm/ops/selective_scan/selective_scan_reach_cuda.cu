@@ -12,11 +12,11 @@ struct ReachIncoming {
     PairTile<float, K, S> delta;
     RowTile<K, S> rows;
 
-    __device__ void load(const ReachParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+    __device__ void load(const ReachParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0, p.paired);
-        w.load(p.w, t0, count, d0, p.paired);
-        gate.load(p.gate, t0, count, d0, p.paired);
+        delta.load(p.delta, t0, count, c);
+        w.load(p.w, t0, count, c);
+        gate.load(p.gate, t0, count, c);
         rows.load(p.rows, t0, count, p.packed);
     }
 };
@@ -69,13 +69,14 @@ __global__ void __launch_bounds__(kThreads, 4) Reach(const __grid_constant__ Rea
     const int64_t last = span.begin + (span.end - span.begin - 1) / kTile * kTile;
     const int64_t from = kReverse ? span.begin : last, step = kReverse ? kTile : -kTile;
     const auto inside = [&](int64_t t0) { return t0 >= span.begin && t0 <= last; };
+    const Channels<K, S> channels(d0, d, p.paired);
     ReachIncoming<T, K, S> x;
-    x.load(p, from, span.end, d0);
+    x.load(p, from, span.end, channels);
     for (int64_t t0 = from; inside(t0); t0 += step) {
         m.template stage<kReverse>(x, p, static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile), d0,
                                    bias);
         __syncthreads();
-        if (inside(t0 + step)) x.load(p, t0 + step, span.end, d0);
+        if (inside(t0 + step)) x.load(p, t0 + step, span.end, channels);
 #pragma unroll 8
         for (int i = 0; i < kTile; ++i) {
             const int t = kReverse ? i : kTile - 1 - i;

@@ -34,6 +34,26 @@ __device__ inline Two<T> two_of(float2 v) {
     }
 }
 
+// Where the block's channels begin, and how this thread reads its two: by one word if the arrays are `paired`
+// (channel: inside of the block, of the last two if these are past the end).
+template <int K, int S>
+struct Channels {
+    using Shape = Block<K, S>;
+    int64_t d0;
+    int channel;
+    bool paired;
+
+    __device__ Channels(int64_t first, int64_t d, bool pairs)
+        : d0(first),
+          channel(min(Shape::channel(), static_cast<int>(min(d - first, int64_t{INT32_MAX})) - 2)),
+          paired(pairs) {}
+    // From a row's element d0 of a tile's first token to the thread's first pair; inside of a tile offsets
+    // are 32 bits wide (require_stride).
+    __device__ int offset(int64_t stride) const {
+        return Shape::token(0) * static_cast<int>(stride) + channel;
+    }
+};
+
 // A tile's pairs of this thread. Past the ends of tokens and channels, the last one's: whoever uses them says
 // what counts.
 template <class T, int K, int S>
@@ -41,20 +61,18 @@ struct PairTile {
     using Shape = Block<K, S>;
     Two<T> at[Shape::kTwos];
 
-    __device__ void load(const View<const T, 2>& x, int64_t t0, int count, int64_t d0, bool paired) {
+    __device__ void load(const View<const T, 2>& x, int64_t t0, int count, const Channels<K, S>& c) {
         if (x.data == nullptr) return;
-        const int64_t channel = d0 + Shape::channel();
-        const T* row = x.data + t0 * x.stride;
-        if (paired && count >= kTile) {
-            const T* from = row + Shape::token(0) * x.stride + min(channel, x.shape[1] - 2);
+        const T* row = x.data + t0 * x.stride + c.d0;
+        if (c.paired && count >= kTile) {
+            const T* from = row + c.offset(x.stride);
             const int64_t apart = Shape::kApart * x.stride;
 #pragma unroll
             for (int i = 0; i < Shape::kTwos; ++i, from += apart)
                 at[i] = *reinterpret_cast<const Two<T>*>(from);
         } else {
-            const int64_t last = x.shape[1] - 1;
-            const int low = static_cast<int>(min(channel, last)),
-                      high = static_cast<int>(min(channel + 1, last));
+            const int last = static_cast<int>(x.shape[1] - c.d0) - 1;
+            const int low = min(Shape::channel(), last), high = min(Shape::channel() + 1, last);
 #pragma unroll
             for (int i = 0; i < Shape::kTwos; ++i) {
                 const T* from = row + min(Shape::token(i), count - 1) * static_cast<int>(x.stride);
