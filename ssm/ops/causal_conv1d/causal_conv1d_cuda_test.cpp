@@ -134,8 +134,12 @@ void check_backward(const Case& c, bool set_x) {
     const int64_t rows = c.t() * c.width(), taps = c.s() * (c.k - 1) * c.d;
     const auto grad_y = test::Random(5).vector<T>(rows + 1);
     const auto grad_state = test::Random(6).vector(taps);
-    const std::vector<float> wide_x(a.x.begin(), a.x.end()), wide_state(a.state.begin(), a.state.end()),
-        wide_grad_y(grad_y.begin(), grad_y.end());
+    const auto widened = [](const std::vector<T>& v) {
+        std::vector<float> r(v.begin(), v.end());
+        r.reserve(1);
+        return r;
+    };
+    const auto wide_x = widened(a.x), wide_state = widened(a.state), wide_grad_y = widened(grad_y);
     auto x = filled(rows, kStart), weight = filled(c.d * c.k, kStart), bias = filled(c.d, kStart),
          state = filled(taps, kStart);
     const Tensor x_there = test::on_device(filled(rows, static_cast<T>(kStart)), {c.t(), c.width()}),

@@ -1,60 +1,13 @@
-// CUDA kernels of the selective scan's gradient: the pass before a split in time, the pass itself, the sums
-// over what blocks leave in pieces.
-#include <type_traits>
-
+// CUDA kernels of the selective scan's gradient: the pass itself, and the sums over what blocks leave in
+// pieces.
 #include "ssm/ops/selective_scan/selective_scan_backward_cuda.cuh"
 
 namespace ssm::cuda {
 namespace {
 
-// What a split needs first: the gradient of the state before each segment if nothing came from later tokens.
-template <class T, int K, int S>
-__global__ void __launch_bounds__(kThreads) Reverse(const __grid_constant__ BackwardParams<T> p) {
-    constexpr int kChannels = Block<K, S>::kChannels;
-    __shared__ float2 step[kTile][kChannels];  // dt, gradient
-    __shared__ alignas(16) float rows[kTile][K * S];
-    const auto span = p.segments.at(blockIdx.x / p.d_blocks);
-    if (span.first) return;  // nobody asks for it
-    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
-    const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
-    const int pair_channel = static_cast<int>(threadIdx.x) % kChannels,
-              pair_first = static_cast<int>(threadIdx.x) / kChannels;
-    const float bias = p.bias != nullptr && d0 + pair_channel < d ? p.bias[d0 + pair_channel] : 0.0f;
-    float A[K], gh[K] = {}, sum = 0.0f;
-    load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
-#pragma unroll
-    for (int k = 0; k < K; ++k) A[k] *= kLog2E;
-    BackwardIncoming<T, K, S> x;
-    int64_t t0 = span.begin + (span.end - span.begin - 1) / kTile * kTile;
-    x.template load<false>(p, t0, span.end, d0);
-    for (; t0 >= span.begin; t0 -= kTile) {
-        const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        float dt[Block<K, S>::kPairs], g[Block<K, S>::kPairs];
-        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
-        x.gradients(g, p.z.data != nullptr, true, count);
-#pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i) step[pair_first + i * S][pair_channel] = {dt[i], g[i]};
-        x.C.store(&rows[0][0], n);
-        __syncthreads();
-        if (t0 > span.begin) x.template load<false>(p, t0 - kTile, span.end, d0);
-#pragma unroll 8
-        for (int t = kTile - 1; t >= 0; --t) {
-            const float2 s = step[t][channel];
-            float C[K];
-            load_row(C, &rows[t][part * K]);
-            sum += s.x;
-#pragma unroll
-            for (int k = 0; k < K; ++k) gh[k] = exp2_fast(s.x * A[k]) * fmaf(s.y, C[k], gh[k]);
-        }
-        __syncthreads();
-    }
-    store_states(p.ends + span.index * d * n, gh, d0 + channel, d, n, part);
-    if (part == 0 && d0 + channel < d) p.sums[span.index * d + d0 + channel] = sum;
-}
-
-// What tiles leave to a (token, channel) pair's thread: the channel's sums over time.
+// What tiles leave to the thread of two channels: their sums over time.
 struct ChannelGradients {
-    float D = 0.0f, bias = 0.0f;
+    float2 D{}, bias{};
 };
 
 __device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, float value, bool set) {
@@ -64,107 +17,152 @@ __device__ inline void give(const View<float, 2>& to, int64_t t, int64_t c, floa
 }
 
 // The thread's pairs of a tile, to a matrix of gradients.
-template <int K, int S, class T>
-__device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, int64_t d0,
-                                  const float (&value)[Block<K, S>::kPairs], bool set) {
-    constexpr int kChannels = Block<K, S>::kChannels;
+template <class T, int K, int S>
+__device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, const Channels<K, S>& c,
+                                  const float2 (&value)[Block<K, S>::kTwos], bool set) {
+    using Shape = Block<K, S>;
     if (to.data == nullptr) return;
-    const int first = static_cast<int>(threadIdx.x) / kChannels;
-    T* at = to.data + (t0 + first) * to.stride + d0 + static_cast<int>(threadIdx.x) % kChannels;
-    const int64_t apart = S * to.stride;
-    if (set) {
+    T* const row = to.data + t0 * to.stride + c.d0;
+    const int stride = static_cast<int>(to.stride);
+    if (c.paired && set && count >= kTile) {
+        T* at = row + c.offset(stride);
+        const int64_t apart = Shape::kApart * to.stride;
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
-            if (first + i * S < count) *at = from_float<T>(value[i]);
-    } else {
+        for (int i = 0; i < Shape::kTwos; ++i, at += apart)
+            *reinterpret_cast<Two<T>*>(at) = two_of<T>(value[i]);
+        return;
+    }
+    const bool both = c.d0 + Shape::channel() + 1 < to.shape[1];
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i, at += apart)
-            if (first + i * S < count) *at = from_float<T>(to_float(*at) + value[i]);
+    for (int i = 0; i < Shape::kTwos; ++i) {
+        if (Shape::token(i) >= count) continue;
+        T* const at = row + (Shape::token(i) * stride + Shape::channel());
+        at[0] = from_float<T>(set ? value[i].x : to_float(at[0]) + value[i].x);
+        if (both) at[1] = from_float<T>(set ? value[i].y : to_float(at[1]) + value[i].y);
     }
 }
 
+// One pair, from what the walk down left.
+struct PairGradients {
+    float u, delta, z, D;
+};
+__device__ inline PairGradients pair_gradients(float u, float z, float grad_y, float D, float dt, float Ch,
+                                               float2 sums, bool gated) {
+    PairGradients r{};
+    float g = grad_y;
+    if (gated) {
+        const float slope = sigmoid_fast(z);
+        r.z = g * fmaf(D, u, Ch) * silu_slope(z, slope);
+        g *= z * slope;
+    }
+    r.u = fmaf(D, g, dt * sums.x);
+    r.delta = fmaf(u, sums.x, sums.y * kLn2);
+    r.D = g * u;
+    return r;
+}
+
 template <class T, int K, int S>
-__device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardShared<K, S>& m, int64_t t0,
-                                    int count, int64_t d0, float bias, float D, ChannelGradients& sums) {
-    constexpr int kChannels = Block<K, S>::kChannels, kPairs = Block<K, S>::kPairs;
-    const int channel = static_cast<int>(threadIdx.x) % kChannels,
-              first = static_cast<int>(threadIdx.x) / kChannels;
-    if (d0 + channel >= p.u.shape[1]) return;
-    float gu[kPairs], gdelta[kPairs], gz[kPairs];
-    PairTile<T, K, S> us, zs, grads;
-    PairTile<float, K, S> deltas;  // read again: kept, they would cost a block its registers
-    us.load(p.u, t0, count, d0), zs.load(p.z, t0, count, d0);
-    deltas.load(p.delta, t0, count, d0), grads.load(p.grad_y, t0, count, d0);
+__device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardShared<T, K, S>& m, int64_t t0,
+                                    int count, const Channels<K, S>& c, float2 bias, float2 D,
+                                    ChannelGradients& sums) {
+    using Shape = Block<K, S>;
+    const int channel = Shape::channel();
+    if (c.d0 + channel >= p.u.shape[1]) return;
+    float2 gu[Shape::kTwos], gdelta[Shape::kTwos], gz[Shape::kTwos];
+    PairTile<T, K, S> us, zs, grads;  // read again: kept, they would cost a block its registers
+    PairTile<float, K, S> deltas;
+    us.load(p.u, t0, count, c), zs.load(p.z, t0, count, c);
+    deltas.load(p.delta, t0, count, c), grads.load(p.grad_y, t0, count, c);
+    const bool gated = p.z.data != nullptr;
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-        const int t = first + i * S;
-        const float u = to_float(us.at[i]), y = fmaf(D, u, m.gradient[t][channel]);
-        const float2 s = m.sums[t][channel];
-        float g = to_float(grads.at[i]);
-        if (p.z.data != nullptr) {
-            const float z = to_float(zs.at[i]), slope = sigmoid_fast(z);
-            gz[i] = g * y * silu_slope(z, slope);
-            g *= z * slope;
-        }
-        gu[i] = fmaf(D, g, m.step[t][channel].x * s.x);
-        gdelta[i] = fmaf(u, s.x, s.y * kLn2);
-        if (t < count) sums.D = fmaf(g, u, sums.D);
+    for (int i = 0; i < Shape::kTwos; ++i) {
+        const int t = Shape::token(i);
+        const float2 u = us.floats(i), z = zs.floats(i), g = grads.floats(i);
+        const Pack<float, 4> step = load_pack<4>(&m.step[t][channel].x),
+                             both = load_pack<4>(&m.sums[t][channel].x);
+        const Pack<float, 2> Ch = load_pack<2>(&m.gradient[t][channel]);
+        const PairGradients a = pair_gradients(u.x, z.x, g.x, D.x, step.at[0], Ch.at[0],
+                                               {both.at[0], both.at[1]}, gated),
+                            b = pair_gradients(u.y, z.y, g.y, D.y, step.at[2], Ch.at[1],
+                                               {both.at[2], both.at[3]}, gated);
+        gu[i] = {a.u, b.u}, gdelta[i] = {a.delta, b.delta}, gz[i] = {a.z, b.z};
+        if (t < count) sums.D.x += a.D, sums.D.y += b.D;
     }
     if (p.softplus) {
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) gdelta[i] *= sigmoid_fast(deltas.at[i] + bias);
+        for (int i = 0; i < Shape::kTwos; ++i) {
+            const float2 raw = deltas.floats(i);
+            gdelta[i].x *= sigmoid_fast(raw.x + bias.x);
+            gdelta[i].y *= sigmoid_fast(raw.y + bias.y);
+        }
     }
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) sums.bias += first + i * S < count ? gdelta[i] : 0.0f;
-    give_pairs<K, S>(p.grad_u, t0, count, d0, gu, p.set.u);
-    give_pairs<K, S>(p.grad_delta, t0, count, d0, gdelta, p.set.delta);
-    give_pairs<K, S>(p.grad_z, t0, count, d0, gz, p.set.z);
+    for (int i = 0; i < Shape::kTwos; ++i)
+        if (Shape::token(i) < count) sums.bias.x += gdelta[i].x, sums.bias.y += gdelta[i].y;
+    give_pairs(p.grad_u, t0, count, c, gu, p.set.u);
+    give_pairs(p.grad_delta, t0, count, c, gdelta, p.set.delta);
+    give_pairs(p.grad_z, t0, count, c, gz, p.set.z);
 }
 
+// Sums of the rows that tokens kFlush * `flush` ... left, four at a time.
 template <class T, int K, int S>
-__device__ inline void finish_rows(const BackwardParams<T>& p, const BackwardShared<K, S>& m, int64_t t0,
-                                   int count) {
-    constexpr int kStates = K * S;
-    const int n = static_cast<int>(p.A.shape[1]);
-    float* to = p.rows + (blockIdx.x % p.d_blocks * p.u.shape[0] + t0) * 2 * n;
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < kTile * 2 * kStates; i += kThreads) {
-        const int t = i / (2 * kStates), j = i % (2 * kStates);
-        float sum = 0.0f;
+__device__ inline void finish_rows(const BackwardParams<T>& p, const BackwardShared<T, K, S>& m, int64_t t0,
+                                   int count, int flush) {
+    using Memory = BackwardShared<T, K, S>;
+    constexpr int kFours = 2 * K * S / 4, kApart = kThreads / kFours;
+    const int n = static_cast<int>(p.A.shape[1]), thread = static_cast<int>(threadIdx.x);
+    const int j = thread % kFours * 4, low = flush * Memory::kFlush, state = j % (K * S);
+    float* to = p.rows + (blockIdx.x % p.d_blocks * p.u.shape[0] + t0) * 2 * n + j / (K * S) * n + state;
 #pragma unroll
-        for (int w = 0; w < BackwardShared<K, S>::kWarps; ++w) sum += m.rows[t][w][j];
-        if (t < count && j % kStates < n) to[t * 2 * n + j / kStates * n + j % kStates] = sum;
+    for (int i = 0; i < Memory::kFlush / kApart; ++i) {
+        const int t = thread / kFours + i * kApart;
+        Pack<float, 4> sum = load_pack<4>(&m.rows[t][0][j]);
+#pragma unroll
+        for (int w = 1; w < Memory::kSets; ++w) {
+            const Pack<float, 4> v = load_pack<4>(&m.rows[t][w][j]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum.at[k] += v.at[k];
+        }
+        if (low + t >= count) continue;
+        if (n % 4 == 0) {
+            if (state < n) store_pack(to + (low + t) * 2 * n, sum);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (state + k < n) to[(low + t) * 2 * n + k] = sum.at[k];
+        }
     }
 }
 
-// Sums over the block's tokens, to [2 d]: D, then delta_bias. Threads of one channel lie kChannels apart.
-template <int kChannels>
-__device__ inline void give_channels(float2* both, const ChannelGradients& sums, float* to, int64_t d0,
+// Sums over the block's tokens, to [2 d]: D, then delta_bias. Threads of one channel lie kLanes apart.
+template <int kLanes>
+__device__ inline void give_channels(float4* all, const ChannelGradients& sums, float* to, int64_t d0,
                                      int64_t d) {
     const int thread = static_cast<int>(threadIdx.x);
-    both[thread] = {sums.D, sums.bias};
+    all[thread] = {sums.D.x, sums.D.y, sums.bias.x, sums.bias.y};
     __syncthreads();
-    if (thread >= kChannels || d0 + thread >= d) return;
-    float2 sum{};
-    for (int i = thread; i < kThreads; i += kChannels) sum.x += both[i].x, sum.y += both[i].y;
-    to[d0 + thread] = sum.x;
-    to[d + d0 + thread] = sum.y;
+    if (thread >= kLanes) return;
+    float4 sum{};
+    for (int i = thread; i < kThreads; i += kLanes)
+        sum.x += all[i].x, sum.y += all[i].y, sum.z += all[i].z, sum.w += all[i].w;
+    const int64_t c = d0 + 2 * thread;
+    if (c < d) to[c] = sum.x, to[d + c] = sum.z;
+    if (c + 1 < d) to[c + 1] = sum.y, to[d + c + 1] = sum.w;
 }
 
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     Backward(const __grid_constant__ BackwardParams<T> p) {
-    constexpr int kChannels = Block<K, S>::kChannels;
+    using Shape = Block<K, S>;
+    using Memory = BackwardShared<T, K, S>;
     extern __shared__ float4 memory[];
-    auto& m = *reinterpret_cast<BackwardShared<K, S>*>(memory);
+    auto& m = *reinterpret_cast<Memory*>(memory);
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
-    const int pair_channel = thread % kChannels, pair_first = thread / kChannels;
-    const bool mine = d0 + pair_channel < d;
-    const float bias = p.bias != nullptr && mine ? p.bias[d0 + pair_channel] : 0.0f,
-                D = p.D != nullptr && mine ? p.D[d0 + pair_channel] : 0.0f;
-    BackwardWalk<T, K, S> walk{m, p, thread / S, thread % S, thread % kWarp, thread / kWarp, {}, {}, {}};
+    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * Shape::kChannels;
+    const float2 bias = two_channels(p.bias, d0 + Shape::channel(), d),
+                 D = two_channels(p.D, d0 + Shape::channel(), d);
+    const int inside = static_cast<int>(min(d - d0 - Shape::channel(), int64_t{2}));
+    BackwardWalk<T, K, S> walk(m);
     const int64_t c = d0 + walk.channel;
     const int part = walk.part;
     load_states(walk.A, p.A.data + c * (p.A.stride - n), c, d, n, part);
@@ -174,32 +172,42 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     load_states(walk.gh, p.entering != nullptr ? p.entering + row * d * n : nullptr, c, d, n, part);
     ChannelGradients sums;
     const int64_t first_tile = p.first_tile.first.offset(span.sequence);
+    const Channels<K, S> channels(d0, d, p.paired);
     BackwardIncoming<T, K, S> x;
     const auto load = [&](BackwardIncoming<T, K, S>& to, int64_t t0) {
-        to.template load<true>(p, t0, span.end, d0);
-        load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part);
+        to.load(p, t0, span.end, channels);
+        load_states(to.state, p.states + (first_tile + (t0 - span.start) / kTile) * d * n, c, d, n, part,
+                    p.packed_states);
     };
     const int64_t last = span.begin + (span.end - span.begin - 1) / kTile * kTile;
     if (span.end > span.begin) load(x, last);
     for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        float dt[Block<K, S>::kPairs], g[Block<K, S>::kPairs];
+        float2 dt[Shape::kTwos], g[Shape::kTwos];
         steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
-        x.gradients(g, p.z.data != nullptr, mine, count);
+        x.gradients(g, p.z.data != nullptr, inside, count);
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-            m.step[pair_first + i * S][pair_channel] = {dt[i], dt[i] * to_float(x.u.at[i])};
-            m.gradient[pair_first + i * S][pair_channel] = g[i];
+        for (int i = 0; i < Shape::kTwos; ++i) {
+            const float2 u = x.u.floats(i);
+            store_pack(&m.step[Shape::token(i)][Shape::channel()].x,
+                       Pack<float, 4>{{dt[i].x, dt[i].x * u.x, dt[i].y, dt[i].y * u.y}});
+            store_pack(&m.gradient[Shape::token(i)][Shape::channel()], Pack<float, 2>{{g[i].x, g[i].y}});
         }
         x.B.store(&m.B[0][0], n);
         x.C.store(&m.C[0][0], n);
         __syncthreads();
         walk.up(x.state);
         if (t0 > span.begin) load(x, t0 - kTile);
-        walk.down();
+        walk.down(kTile / Memory::kFlush - 1);
         __syncthreads();
-        finish_pairs(p, m, t0, count, d0, bias, D, sums);
-        if (p.rows != nullptr) finish_rows(p, m, t0, count);
+        if constexpr (Memory::kFlush < kTile) {
+            if (p.rows != nullptr) finish_rows(p, m, t0, count, 1);
+            __syncthreads();
+            walk.down(0);
+            __syncthreads();
+        }
+        finish_pairs(p, m, t0, count, channels, bias, D, sums);
+        if (p.rows != nullptr) finish_rows(p, m, t0, count, 0);
         __syncthreads();
     }
     if (p.grad_initial != nullptr && span.first && c < d) {
@@ -209,8 +217,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     }
     if (p.states_A != nullptr) store_states(p.states_A + span.index * d * n, walk.gA, c, d, n, part);
     if (p.channels != nullptr)
-        give_channels<kChannels>(reinterpret_cast<float2*>(memory), sums, p.channels + 2 * span.index * d, d0,
-                                 d);
+        give_channels<Shape::kLanes>(memory, sums, p.channels + 2 * span.index * d, d0, d);
 }
 
 // to[r][j] <- (set ? 0 : to[r][j]) + sum over i < count of from[i][r][j], in the order of i.
@@ -231,6 +238,30 @@ __global__ void __launch_bounds__(kThreads) Sum(const __grid_constant__ SumParam
     give(p.to, r, j, sum, p.set);
 }
 
+// The same for what channels left of B and C, [count t 2 n] at `from`, four sums a thread; n % 4 == 0.
+struct SumRowsParams {
+    const float* from;
+    int64_t count, tokens, n;
+    View<float, 2> B, C;
+    bool set_B, set_C;
+};
+__global__ void __launch_bounds__(kThreads) SumRows(const __grid_constant__ SumRowsParams p) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = p.n / 2;
+    if (i >= p.tokens * row) return;
+    const int64_t t = i / row, j = i % row * 4;
+    Pack<float, 4> sum = {};
+#pragma unroll 8
+    for (int64_t k = 0; k < p.count; ++k) {
+        const Pack<float, 4> v = load_pack<4>(p.from + (k * p.tokens * row + i) * 4);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.at[e] += v.at[e];
+    }
+    const bool of_C = j >= p.n;
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+        give(of_C ? p.C : p.B, t, (of_C ? j - p.n : j) + e, sum.at[e], of_C ? p.set_C : p.set_B);
+}
+
 void sum(const Exec& ex, const SumParams& p) {
     if (p.to.data == nullptr || p.to.size() == 0) return;
     Sum<<<blocks_for(p.to.size(), kThreads), kThreads, 0, stream_of(ex)>>>(p);
@@ -243,21 +274,26 @@ BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const T, 2>
     BackwardParams<T> p{};
     require_stride(in.u), require_stride(in.z), require_stride(in.delta), require_stride(grad_y);
     require_stride(in.B), require_stride(in.C);
+    require_stride(grad.u), require_stride(grad.delta), require_stride(grad.z);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C, p.grad_y = grad_y;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
     p.grad_u = grad.u, p.grad_delta = grad.delta, p.grad_z = grad.z, p.set = grad.set;
     p.grad_initial = grad.initial_state.data;
+    p.paired = paired(in.u) && paired(in.z) && paired(in.delta) && paired(grad_y) && paired(grad.u) &&
+               paired(grad.delta) && paired(grad.z);
+    p.packed = packed_rows(in.B) && packed_rows(in.C);
     return p;
 }
 
 template <class T, int K, int S>
-void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const float, 3> grad_final_state,
-                  const SelectiveScanGradients<T>& grad, const SelectiveScanOptions& options) {
+void run_backward(const Exec& ex, const SelectiveScanInputs<T>& in, BackwardParams<T> p,
+                  View<const float, 3> grad_final_state, const SelectiveScanGradients<T>& grad,
+                  const SelectiveScanOptions& options) {
+    const CuSeqlens cu = in.cu_seqlens;
     const int64_t t = p.u.shape[0], d = p.A.shape[0], n = p.A.shape[1],
                   s = static_cast<int64_t>(cu.size()) - 1;
     p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
-    const SegmentsOnDevice segments(ex, cu, p.d_blocks,
-                                    selective_scan_want(ex, options, p.d_blocks * s, 2, 9));
+    const SegmentsOnDevice segments(ex, cu, p.d_blocks, selective_scan_want(ex, options, p.d_blocks * s, 3));
     p.segments = segments.get();
     const auto count = static_cast<size_t>(segments.count()), dn = static_cast<size_t>(d * n);
     const size_t split = p.segments.split ? count : 0;
@@ -266,27 +302,34 @@ void run_backward(const Exec& ex, BackwardParams<T> p, CuSeqlens cu, View<const 
         rows(ex, grad.B || grad.C ? static_cast<size_t>(p.d_blocks * t * 2 * n) : 0),
         states_A(ex, grad.A ? count * dn : 0),
         channels(ex, grad.D || grad.delta_bias ? 2 * count * static_cast<size_t>(d) : 0);
-    p.ends = ends.data(), p.sums = sums.data();
     p.rows = grad.B || grad.C ? rows.data() : nullptr;
     p.states_A = grad.A ? states_A.data() : nullptr;
     p.channels = grad.D || grad.delta_bias ? channels.data() : nullptr;
     p.entering = grad_final_state.data;
     if (split > 0) {
-        Reverse<T, K, S><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
-        check_launch("selective_scan_backward");
+        selective_scan_reach<T>(ex,
+                                {p.grad_y, in.z, in.delta, in.A, in.C, p.bias, p.softplus, p.paired, p.packed,
+                                 p.segments, 0, ends.data(), sums.data()},
+                                true);
         selective_scan_combine(
             ex, {p.segments, grad_final_state.data, p.A.data, p.A.stride, d, n, ends.data(), sums.data()},
             true);
         p.entering = ends.data();
     }
-    constexpr int kBytes = static_cast<int>(sizeof(BackwardShared<K, S>));
+    constexpr int kBytes = static_cast<int>(sizeof(BackwardShared<T, K, S>));
     check(cudaFuncSetAttribute(Backward<T, K, S>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
           "selective_scan_backward");
     Backward<T, K, S><<<blocks, kThreads, kBytes, stream_of(ex)>>>(p);
     check_launch("selective_scan_backward");
     const int64_t segment_count = segments.count();
-    sum(ex, {rows.data(), p.d_blocks, t * 2 * n, 2 * n, grad.B, grad.set.B});
-    sum(ex, {rows.data() + n, p.d_blocks, t * 2 * n, 2 * n, grad.C, grad.set.C});
+    if (n % 4 == 0 && (grad.B || grad.C) && t > 0) {
+        SumRows<<<blocks_for(t * n / 2, kThreads), kThreads, 0, stream_of(ex)>>>(
+            {rows.data(), p.d_blocks, t, n, grad.B, grad.C, grad.set.B, grad.set.C});
+        check_launch("selective_scan_backward");
+    } else {
+        sum(ex, {rows.data(), p.d_blocks, t * 2 * n, 2 * n, grad.B, grad.set.B});
+        sum(ex, {rows.data() + n, p.d_blocks, t * 2 * n, 2 * n, grad.C, grad.set.C});
+    }
     sum(ex, {states_A.data(), segment_count, d * n, n, grad.A, false});
     sum(ex, {channels.data(), segment_count, 2 * d, 0, {grad.D.data, {1, d}, d}, false});
     sum(ex, {channels.data() + d, segment_count, 2 * d, 0, {grad.delta_bias.data, {1, d}, d}, false});
@@ -309,9 +352,10 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
     BackwardParams<T> p = make_params(in, grad_y, grad);
     p.first_tile.first = first_tile.get();
     p.states = again ? states.data() : chunk_states.data;
+    p.packed_states = packed_states(p.states, n);
     with_block(n, [&](auto k, auto parts) {
-        run_backward<T, decltype(k)::value, decltype(parts)::value>(ex, p, in.cu_seqlens, grad_final_state,
-                                                                    grad, options);
+        run_backward<T, decltype(k)::value, decltype(parts)::value>(ex, in, p, grad_final_state, grad,
+                                                                    options);
     });
 }
 

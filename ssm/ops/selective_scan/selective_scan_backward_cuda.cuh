@@ -2,9 +2,11 @@
 // walked twice: up in time from the state that enters it, keeping q = exp(dt A) h[t-1] of every other token
 // in shared memory (h is q + dt u B, one multiply-add), then down with gh, the gradient of the state. exp(dt
 // A) is computed both times: keeping it would cost shared memory, and with it blocks of a multiprocessor.
+// Gradients of B and C are sums over channels: of a warp's by the tensor cores or by shuffles, of the block's
+// through shared memory, of all blocks by a kernel after this one.
 #pragma once
 
-#include "ssm/ops/selective_scan/selective_scan_cuda.cuh"
+#include "ssm/ops/selective_scan/selective_scan_tile.cuh"
 
 namespace ssm::cuda {
 
@@ -28,8 +30,7 @@ struct BackwardParams {
     float* rows;
     float* states_A;
     float* channels;
-    float* ends;  // pass before a split: see Reverse
-    float* sums;
+    bool paired, packed, packed_states;  // see Two, RowTile, load_states
 };
 
 template <class T, int K, int S>
@@ -39,44 +40,48 @@ struct BackwardIncoming {
     RowTile<K, S> B, C;
     float state[K];
 
-    template <bool kAll>
-    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0);
-        z.load(p.z, t0, count, d0);
-        grad_y.load(p.grad_y, t0, count, d0);
-        C.load(p.C, t0, count);
-        if constexpr (kAll) {
-            u.load(p.u, t0, count, d0);
-            B.load(p.B, t0, count);
-        }
+        delta.load(p.delta, t0, count, c);
+        z.load(p.z, t0, count, c);
+        grad_y.load(p.grad_y, t0, count, c);
+        C.load(p.C, t0, count, p.packed);
+        u.load(p.u, t0, count, c);
+        B.load(p.B, t0, count, p.packed);
     }
     // Of what silu(z) gates: 0 where no such pair exists.
-    __device__ void gradients(float (&g)[Block<K, S>::kPairs], bool gated, bool mine, int count) const {
-        constexpr int kPairs = Block<K, S>::kPairs;
-        const int first = static_cast<int>(threadIdx.x) / Block<K, S>::kChannels;
+    __device__ void gradients(float2 (&g)[Block<K, S>::kTwos], bool gated, int inside, int count) const {
+        constexpr int kTwos = Block<K, S>::kTwos;
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) g[i] = mine ? to_float(grad_y.at[i]) : 0.0f;
+        for (int i = 0; i < kTwos; ++i) {
+            const float2 v = grad_y.floats(i);
+            g[i] = {inside >= 1 ? v.x : 0.0f, inside >= 2 ? v.y : 0.0f};
+        }
         if (gated) {
 #pragma unroll
-            for (int i = 0; i < kPairs; ++i) g[i] *= silu_fast(to_float(z.at[i]));
+            for (int i = 0; i < kTwos; ++i) {
+                const float2 v = z.floats(i);
+                g[i] = {g[i].x * silu_fast(v.x), g[i].y * silu_fast(v.y)};
+            }
         }
         if (count >= kTile) return;
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i)
-            if (first + i * S >= count) g[i] = 0.0f;
+        for (int i = 0; i < kTwos; ++i)
+            if (Block<K, S>::token(i) >= count) g[i] = {};
     }
 };
 
-template <int K, int S>
+template <class T, int K, int S>
 struct BackwardShared {
-    static constexpr int kWarps = kThreads / kWarp;
+    // Sums over a warp's channels leave kSets rows of a token, to be added after kFlush tokens.
+    static constexpr int kSets = kThreads / kWarp * (kTensor<T, K, S> ? 2 : 1),
+                         kFlush = kTensor<T, K, S> ? kTile / 2 : kTile;
     Pack<float, K> q[kTile / 2][kThreads];          // of even tokens; the next one's is decay h
     float2 step[kTile][Block<K, S>::kChannels];     // dt, dt u
     float2 sums[kTile][Block<K, S>::kChannels];     // on the way down: gh B, e A
     float gradient[kTile][Block<K, S>::kChannels];  // on the way down replaced by C h
     float B[kTile][K * S], C[kTile][K * S];
-    float rows[kTile][kWarps][2 * K * S];  // gradients of B and C, summed over the warp's channels
+    float rows[kFlush][kSets][2 * K * S];  // gradients of B, then C
 };
 
 // Sums of 2 K values over the warp's channels: each lane is left with kLeft of them, those from its
@@ -109,12 +114,45 @@ struct ChannelSums {
     }
 };
 
+// The same by the tensor cores, for a warp of two times four channels, each half of them apart. Lane 16 i + 4
+// part + j has states of channel 4 i + j: rows of a product are (i, part), its summed index is j, and of its
+// columns those of the same i hold the sum. Lanes j = 2 i leave B's, lanes j = 2 i + 1 C's.
+struct ChannelProducts {
+    float d[4][4];
+
+    __device__ void multiply(const float (&gh)[4], const float (&h)[4], float for_gh, float for_h) {
+        multiply_tf32(d[0], gh[0], gh[1], for_gh);
+        multiply_tf32(d[1], gh[2], gh[3], for_gh);
+        multiply_tf32(d[2], h[0], h[1], for_h);
+        multiply_tf32(d[3], h[2], h[3], for_h);
+    }
+    __device__ void store(float* row, int lane) const {
+        const bool of_C = lane % 2 != 0;
+        const Pack<float, 4> v{{of_C ? d[2][0] : d[0][0], of_C ? d[2][2] : d[0][2], of_C ? d[3][0] : d[1][0],
+                                of_C ? d[3][2] : d[1][2]}};
+        if (lane / 2 % 2 == lane / 16) store_pack(row + (of_C ? 16 : 0) + lane / 4 % 4 * 4, v);
+    }
+};
+
 template <class T, int K, int S>
 struct BackwardWalk {
-    BackwardShared<K, S>& m;
-    const BackwardParams<T>& p;
+    using Memory = BackwardShared<T, K, S>;
+    static constexpr bool kProducts = kTensor<T, K, S>;
+    static constexpr int kPartApart = kProducts ? 4 : 1;  // lanes from part to part of a channel
+    Memory& m;
     int channel, part, lane, warp;
     float A[K], gh[K], gA[K];
+
+    __device__ explicit BackwardWalk(Memory& memory)
+        : m(memory),
+          lane(static_cast<int>(threadIdx.x) % kWarp),
+          warp(static_cast<int>(threadIdx.x) / kWarp) {
+        const int first = warp * (kWarp / S);
+        channel = first + (kProducts ? lane / 16 * 4 + lane % 4 : lane / S);
+        part = kProducts ? lane / 4 % 4 : lane % S;
+#pragma unroll
+        for (int k = 0; k < K; ++k) gA[k] = 0.0f;
+    }
 
     // Groups of tokens are read before what the last group leaves is written: the compiler cannot know that
     // the two are apart, and would wait for each token.
@@ -173,7 +211,7 @@ struct BackwardWalk {
     // Tokens t and t + 1.
     __device__ void down(const Group<2>& x, Group<2>& next, int t) {
         float sums[2][3] = {};  // C h, gh B, e A over the thread's states
-        ChannelSums<K, S> rows[2];
+        std::conditional_t<kProducts, ChannelProducts, ChannelSums<K, S>> rows[2];
         float h[2][K], q[2][K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -194,14 +232,20 @@ struct BackwardWalk {
                 sums[i][1] = fmaf(gh[k], x.B[i][k], sums[i][1]);
                 sums[i][2] = fmaf(e, A[k], sums[i][2]);
                 gA[k] = fmaf(s.x, e, gA[k]);
-                rows[i].v[k] = gh[k] * s.y;
-                rows[i].v[K + k] = g * h[i][k];
-                gh[k] *= x.decay[i][k];
+                if constexpr (!kProducts) rows[i].v[k] = gh[k] * s.y;
+                if constexpr (!kProducts) rows[i].v[K + k] = g * h[i][k];
             }
+            if constexpr (kProducts) rows[i].multiply(gh, h[i], s.y, g);
+#pragma unroll
+            for (int k = 0; k < K; ++k) gh[k] *= x.decay[i][k];
             decays(next, i);
         }
-        rows[0].sum(lane), rows[1].sum(lane);
-        rows[0].store(m.rows[t][warp], lane), rows[1].store(m.rows[t + 1][warp], lane);
+        if constexpr (!kProducts) rows[0].sum(lane), rows[1].sum(lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float* const row = m.rows[(t + i) % Memory::kFlush][warp * (Memory::kSets * kWarp / kThreads)];
+            rows[i].store(kProducts ? row + lane / 16 * (2 * K * S) : row, lane);
+        }
         store_sums(sums, t);
     }
     // Sums over the channel's parts; the lower half of them ends with token t's, the upper with the next
@@ -212,26 +256,28 @@ struct BackwardWalk {
 #pragma unroll
         for (int j = 0; j < 3; ++j)
             v[j] = (upper ? sums[1][j] : sums[0][j]) +
-                   __shfl_xor_sync(kAllLanes, upper ? sums[0][j] : sums[1][j], S / 2);
+                   __shfl_xor_sync(kAllLanes, upper ? sums[0][j] : sums[1][j], S / 2 * kPartApart);
 #pragma unroll
         for (int offset = S / 4; offset > 0; offset /= 2) {
 #pragma unroll
-            for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(kAllLanes, v[j], offset);
+            for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(kAllLanes, v[j], offset * kPartApart);
         }
         if (part % (S / 2) != 0) return;
         m.gradient[t + upper][channel] = v[0];
         m.sums[t + upper][channel] = {v[1], v[2]};
     }
-    __device__ void down() {
+    // Tokens from kFlush * `flush` on, downward.
+    __device__ void down(int flush) {
         constexpr int N = 2;
+        const int low = flush * Memory::kFlush;
         Group<N> now, next;
-        load<true>(now, kTile - N);
+        load<true>(now, low + Memory::kFlush - N);
 #pragma unroll
         for (int i = 0; i < N; ++i) decays(now, i);
 #pragma unroll 4
-        for (int t = kTile - N; t >= 0; t -= N) {
-            load<true>(next, t >= N ? t - N : 0);
-            down(now, next, t);
+        for (int t = Memory::kFlush - N; t >= 0; t -= N) {
+            load<true>(next, low + (t >= N ? t - N : 0));
+            down(now, next, low + t);
             now = next;
         }
     }

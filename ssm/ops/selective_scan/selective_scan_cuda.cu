@@ -1,7 +1,5 @@
 // CUDA kernels of the selective scan, forward and one step; selective_scan_cuda.cuh says who owns what.
-#include <type_traits>
-
-#include "ssm/ops/selective_scan/selective_scan_cuda.cuh"
+#include "ssm/ops/selective_scan/selective_scan_tile.cuh"
 
 namespace ssm::cuda {
 namespace {
@@ -19,8 +17,7 @@ struct ScanParams {
     View<T, 2> y;
     float* final_state;
     float* chunk_states;
-    float* ends;  // [segments d n], without y: the state at the end, and the sums of dt [segments d]
-    float* sums;
+    bool paired, packed, packed_states;  // see Two, RowTile, store_states
 };
 
 template <class T, int K, int S>
@@ -30,179 +27,252 @@ struct Incoming {
     RowTile<K, S> B, C;
 
     template <bool kY>
-    __device__ void load(const ScanParams<T>& p, int64_t t0, int64_t end, int64_t d0) {
+    __device__ void load(const ScanParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
-        delta.load(p.delta, t0, count, d0);
-        u.load(p.u, t0, count, d0);
-        B.load(p.B, t0, count);
+        delta.load(p.delta, t0, count, c);
+        u.load(p.u, t0, count, c);
+        B.load(p.B, t0, count, p.packed);
         if constexpr (kY) {
-            z.load(p.z, t0, count, d0);
-            C.load(p.C, t0, count);
+            z.load(p.z, t0, count, c);
+            C.load(p.C, t0, count, p.packed);
         }
     }
 };
 
-template <int K, int S>
+template <class T, int K, int S>
 struct Shared {
-    float2 step[kTile][Block<K, S>::kChannels];  // dt, dt u
+    using Shape = Block<K, S>;
+    // y: sums over a thread's states; by the tensor cores, over all of a channel's (the padding keeps four
+    // tokens' rows in different banks).
+    static constexpr int kWidth = kTensor<T, K, S> ? Shape::kChannels + 8 : kThreads;
+    float2 step[kTile][Shape::kChannels];  // dt, dt u
     float B[kTile][K * S], C[kTile][K * S];
-    float y[kTile][kThreads];  // sum over the thread's states
+    float y[kTile][kWidth];
 
-    template <class T, bool kY>
-    __device__ void stage(const Incoming<T, K, S>& x, int count, int64_t n, float bias, bool softplus) {
-        constexpr int kChannels = Block<K, S>::kChannels;
-        const int channel = static_cast<int>(threadIdx.x) % kChannels,
-                  first = static_cast<int>(threadIdx.x) / kChannels;
-        float dt[Block<K, S>::kPairs];
+    template <bool kY>
+    __device__ void stage(const Incoming<T, K, S>& x, int count, int64_t n, float2 bias, bool softplus) {
+        float2 dt[Shape::kTwos];
         steps_of<K, S>(dt, x.delta, bias, softplus, count);
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i)
-            step[first + i * S][channel] = {dt[i], dt[i] * to_float(x.u.at[i])};
+        for (int i = 0; i < Shape::kTwos; ++i) {
+            const float2 u = x.u.floats(i);
+            store_pack(&step[Shape::token(i)][Shape::channel()].x,
+                       Pack<float, 4>{{dt[i].x, dt[i].x * u.x, dt[i].y, dt[i].y * u.y}});
+        }
         x.B.store(&B[0][0], n);
         if constexpr (kY) x.C.store(&C[0][0], n);
+    }
+    // Of token(i), for the thread's two channels.
+    __device__ float2 sum(int i) const {
+        const int t = Shape::token(i), channel = Shape::channel();
+        if constexpr (kTensor<T, K, S>) {
+            const Pack<float, 2> v = load_pack<2>(&y[t][channel]);
+            return {v.at[0], v.at[1]};
+        } else {
+            // Eight lanes read from all banks: every other four begin with the second channel.
+            const int swap = channel / 8 % 2;
+            float v[2] = {};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+#pragma unroll
+                for (int j = 0; j < S; j += 4) {
+                    const Pack<float, 4> part = load_pack<4>(&y[t][(channel + (k ^ swap)) * S + j]);
+                    v[k] += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
+                }
+            }
+            return swap != 0 ? float2{v[1], v[0]} : float2{v[0], v[1]};
+        }
     }
 };
 
 // N tokens of a staged tile in registers. Shared memory is read for the next ones before this group's y is
-// written there: the compiler cannot know that the two are apart, and would wait for each token.
-template <bool kY, int K, int S, int N>
+// written there: the compiler cannot know that the two are apart, and would wait for each token. By the
+// tensor cores, of two tokens' C a lane has one, the second where its column of the product is odd.
+template <class T, bool kY, int K, int S, int N>
 struct Group {
+    static constexpr bool kProduct = kY && N == 2 && kTensor<T, K, S>;
     float2 step[N];
     float B[N][K], C[N][K], decay[N][K];
 
-    __device__ void load(const Shared<K, S>& m, int t, int channel, int part) {
+    __device__ void load(const Shared<T, K, S>& m, int t, int channel, int part) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             step[i] = m.step[t + i][channel];
             load_row(B[i], &m.B[t + i][part * K]);
-            if constexpr (kY) load_row(C[i], &m.C[t + i][part * K]);
+            if constexpr (kY && !kProduct) load_row(C[i], &m.C[t + i][part * K]);
         }
+        if constexpr (kProduct) load_row(C[0], &m.C[t + channel % 2][part * K]);
     }
     __device__ void decays(int i, const float (&A)[K]) {
 #pragma unroll
         for (int k = 0; k < K; ++k) decay[i][k] = exp2_fast(step[i].x * A[k]);
     }
-    // h <- exp(dt A) h + dt u B. Returns sum C h.
-    __device__ float advance(int i, float (&h)[K], float& sum) const {
+    // h <- exp(dt A) h + dt u B.
+    __device__ void advance(int i, float (&h)[K]) const {
+#pragma unroll
+        for (int k = 0; k < K; ++k) h[k] = fmaf(decay[i][k], h[k], step[i].y * B[i][k]);
+    }
+    __device__ float read(int i, const float (&h)[K]) const {
         float y = 0.0f;
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-            h[k] = fmaf(decay[i][k], h[k], step[i].y * B[i][k]);
-            if constexpr (kY) y = fmaf(C[i][k], h[k], y);
-        }
-        if constexpr (!kY) sum += step[i].x;
+        for (int k = 0; k < K; ++k) y = fmaf(C[i][k], h[k], y);
         return y;
+    }
+    // C h of both tokens over all parts: rows g of the product are channels at the first, rows g + 8 at the
+    // second.
+    __device__ float2 product(const float (&first)[K], const float (&second)[K]) const {
+        float d[4] = {};
+#pragma unroll
+        for (int k = 0; k < K; k += 2)
+            multiply_tf32(d, first[k], second[k], first[k + 1], second[k + 1], C[0][k], C[0][k + 1]);
+        return {d[0], d[3]};
     }
 };
 
 // Three groups are under way: one is read, one waits for its exponentials, one goes through the recurrence.
-template <bool kY, int K, int S>
-__device__ inline void walk_tile(Shared<K, S>& m, int channel, int part, const float (&A)[K], float (&h)[K],
-                                 float& sum) {
+template <class T, bool kY, int K, int S>
+__device__ inline void walk_tile(Shared<T, K, S>& m, int channel, int part, const float (&A)[K],
+                                 float (&h)[K]) {
     constexpr int N = 2;
-    Group<kY, K, S, N> now, next, later;
+    using G = Group<T, kY, K, S, N>;
+    G now, next, later;
+    float2 before{};  // y of the group before, where every other group stores
     now.load(m, 0, channel, part);
     next.load(m, N, channel, part);
 #pragma unroll
     for (int i = 0; i < N; ++i) now.decays(i, A);
 #pragma unroll
     for (int t = 0; t < kTile; t += N) {
+        float first[K];
         if (t + 2 * N < kTile) later.load(m, t + 2 * N, channel, part);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             if (t + N < kTile) next.decays(i, A);
-            const float y = now.advance(i, h, sum);
-            if constexpr (kY) m.y[t + i][threadIdx.x] = y;
+            now.advance(i, h);
+            if constexpr (kY && !G::kProduct) m.y[t + i][threadIdx.x] = now.read(i, h);
+            if (i == 0) {
+#pragma unroll
+                for (int k = 0; k < K; ++k) first[k] = h[k];
+            }
+        }
+        if constexpr (G::kProduct) {
+            const float2 y = now.product(first, h);
+            if (t % 4 == 2) {
+                const float2 mine = part >= 2 ? y : before;
+                m.y[t - 2 + part][channel] = part % 2 == 0 ? mine.x : mine.y;
+            }
+            before = y;
         }
         now = next;
         next = later;
     }
 }
 
-template <class T, int K, int S>
-__device__ inline void finish(const ScanParams<T>& p, const Shared<K, S>& m, const PairTile<T, K, S>& u,
-                              const PairTile<T, K, S>& z, int64_t t0, int count, int64_t d0, float D) {
-    constexpr int kChannels = Block<K, S>::kChannels;
-    const int channel = static_cast<int>(threadIdx.x) % kChannels,
-              first = static_cast<int>(threadIdx.x) / kChannels;
-    if (d0 + channel >= p.u.shape[1]) return;
-    float y[Block<K, S>::kPairs];
+// Token by token, where a state is saved inside of a tile.
+template <class T, bool kY, int K, int S, class Save>
+__device__ inline void walk_tokens(Shared<T, K, S>& m, int channel, int part, const float (&A)[K],
+                                   float (&h)[K], const Save& save) {
+#pragma unroll 1
+    for (int t = 0; t < kTile; ++t) {
+        save(t);
+        Group<T, kY, K, S, 1> one;
+        one.load(m, t, channel, part);
+        one.decays(0, A);
+        one.advance(0, h);
+        if constexpr (!kY) continue;
+        float y = one.read(0, h);
+        if constexpr (kTensor<T, K, S>) {
 #pragma unroll
-    for (int i = 0; i < Block<K, S>::kPairs; ++i) {
-        y[i] = D * to_float(u.at[i]);
-#pragma unroll
-        for (int j = 0; j < S; j += 4) {
-            const Pack<float, 4> part = load_pack<4>(&m.y[first + i * S][channel * S + j]);
-            y[i] += (part.at[0] + part.at[1]) + (part.at[2] + part.at[3]);
+            for (int offset = S / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(kAllLanes, y, offset);
+            if (part == 0) m.y[t][channel] = y;
+        } else {
+            m.y[t][threadIdx.x] = y;
         }
+    }
+}
+
+template <class T, int K, int S>
+__device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, const PairTile<T, K, S>& u,
+                              const PairTile<T, K, S>& z, int64_t t0, int count, const Channels<K, S>& c,
+                              float2 D) {
+    using Shape = Block<K, S>;
+    const int left = static_cast<int>(p.u.shape[1] - c.d0) - Shape::channel();
+    if (left <= 0) return;
+    float2 y[Shape::kTwos];
+#pragma unroll
+    for (int i = 0; i < Shape::kTwos; ++i) {
+        const float2 v = u.floats(i);
+        y[i] = m.sum(i);
+        y[i] = {fmaf(D.x, v.x, y[i].x), fmaf(D.y, v.y, y[i].y)};
     }
     if (p.z.data != nullptr) {
 #pragma unroll
-        for (int i = 0; i < Block<K, S>::kPairs; ++i) y[i] *= silu_fast(to_float(z.at[i]));
+        for (int i = 0; i < Shape::kTwos; ++i) {
+            const float2 v = z.floats(i);
+            y[i] = {y[i].x * silu_fast(v.x), y[i].y * silu_fast(v.y)};
+        }
     }
-    T* to = p.y.data + (t0 + first) * p.y.stride + d0 + channel;
-    const int64_t apart = S * p.y.stride;
+    T* const row = p.y.data + t0 * p.y.stride + c.d0;
+    const int stride = static_cast<int>(p.y.stride);
+    if (p.paired && count >= kTile) {
+        T* to = row + c.offset(stride);
+        const int64_t apart = Shape::kApart * p.y.stride;
 #pragma unroll
-    for (int i = 0; i < Block<K, S>::kPairs; ++i, to += apart)
-        if (first + i * S < count) *to = from_float<T>(y[i]);
+        for (int i = 0; i < Shape::kTwos; ++i, to += apart) *reinterpret_cast<Two<T>*>(to) = two_of<T>(y[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < Shape::kTwos; ++i) {
+            if (Shape::token(i) >= count) continue;
+            T* const to = row + (Shape::token(i) * stride + Shape::channel());
+            to[0] = from_float<T>(y[i].x);
+            if (left > 1) to[1] = from_float<T>(y[i].y);
+        }
+    }
 }
 
 template <class T, int K, int S, bool kY>
 __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
-    __shared__ alignas(16) Shared<K, S> m;
+    __shared__ alignas(16) Shared<T, K, S> m;
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
-    if (p.ends != nullptr && span.last) return;  // nobody asks for it
     const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
     const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
-    const int64_t pair_channel = d0 + static_cast<int>(threadIdx.x) % kChannels;
-    const float bias = p.bias != nullptr && pair_channel < d ? p.bias[pair_channel] : 0.0f,
-                D = p.D != nullptr && pair_channel < d ? p.D[pair_channel] : 0.0f;
-    float A[K], h[K], sum = 0.0f;
+    const float2 bias = two_channels(p.bias, d0 + Block<K, S>::channel(), d),
+                 D = two_channels(p.D, d0 + Block<K, S>::channel(), d);
+    float A[K], h[K];
     load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
 #pragma unroll
     for (int k = 0; k < K; ++k) A[k] *= kLog2E;
     const int64_t row = p.segments.split ? span.index : span.sequence;
     load_states(h, p.entering != nullptr ? p.entering + row * d * n : nullptr, d0 + channel, d, n, part);
     const bool aligned = p.chunk % kTile == 0;
+    const Channels<K, S> channels(d0, d, p.paired);
     Incoming<T, K, S> x;
-    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, d0);
+    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, channels);
     for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        m.template stage<T, kY>(x, count, n, bias, p.softplus);
+        m.template stage<kY>(x, count, n, bias, p.softplus);
         __syncthreads();
         const PairTile<T, K, S> u = x.u, z = x.z;
-        x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, d0);
+        x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, channels);
         const auto save = [&](int t) {
             const int64_t at = t0 + t - span.start;
             if (p.chunk_states != nullptr && t < count && at % p.chunk == 0)
                 store_states(
                     p.chunk_states + (p.first_chunk.first.offset(span.sequence) + at / p.chunk) * d * n, h,
-                    d0 + channel, d, n, part);
+                    d0 + channel, d, n, part, p.packed_states);
         };
         if (aligned || p.chunk_states == nullptr) {
             save(0);
-            walk_tile<kY>(m, channel, part, A, h, sum);
+            walk_tile<T, kY>(m, channel, part, A, h);
         } else {
-#pragma unroll 1
-            for (int t = 0; t < kTile; ++t) {
-                save(t);
-                Group<kY, K, S, 1> one;
-                one.load(m, t, channel, part);
-                one.decays(0, A);
-                const float y = one.advance(0, h, sum);
-                if constexpr (kY) m.y[t][threadIdx.x] = y;
-            }
+            walk_tokens<T, kY>(m, channel, part, A, h, save);
         }
         __syncthreads();
-        if constexpr (kY) finish(p, m, u, z, t0, count, d0, D);
+        if constexpr (kY) finish(p, m, u, z, t0, count, channels, D);
     }
     if (p.final_state != nullptr && span.last)
         store_states(p.final_state + span.sequence * d * n, h, d0 + channel, d, n, part);
-    if (p.ends != nullptr) {
-        store_states(p.ends + span.index * d * n, h, d0 + channel, d, n, part);
-        if (part == 0 && d0 + channel < d) p.sums[span.index * d + d0 + channel] = sum;
-    }
 }
 
 template <bool kReverse>
@@ -258,6 +328,8 @@ ScanParams<T> make_params(const SelectiveScanInputs<T>& in) {
     require_stride(in.B), require_stride(in.C);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
+    p.paired = paired(in.u) && paired(in.z) && paired(in.delta);
+    p.packed = packed_rows(in.B) && packed_rows(in.C);
     return p;
 }
 
@@ -268,7 +340,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
     const int64_t d = in.u.shape[1], n = in.A.shape[1], s = static_cast<int64_t>(in.cu_seqlens.size()) - 1;
     p.d_blocks = (d + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
     const SegmentsOnDevice segments(ex, in.cu_seqlens, p.d_blocks,
-                                    selective_scan_want(ex, options, p.d_blocks * s, 1, 8));
+                                    selective_scan_want(ex, options, p.d_blocks * s, 4));
     const std::vector<int64_t> chunks = selective_scan_first_chunks(in.cu_seqlens, p.chunk);
     const SequencesOnDevice first_chunk(ex, chunks);
     p.segments = segments.get();
@@ -279,11 +351,21 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
         sums(ex, split * static_cast<size_t>(d));
     p.entering = in.initial_state.data;
     if (split > 0) {
-        ScanParams<T> local = p;
-        local.entering = nullptr, local.chunk_states = nullptr, local.final_state = nullptr;
-        local.ends = ends.data(), local.sums = sums.data();
-        Scan<T, K, S, false><<<blocks, kThreads, 0, stream_of(ex)>>>(local);
-        check_launch("selective_scan");
+        selective_scan_reach<T>(ex,
+                                {in.u,
+                                 {},
+                                 in.delta,
+                                 in.A,
+                                 in.B,
+                                 p.bias,
+                                 p.softplus,
+                                 p.paired,
+                                 p.packed,
+                                 p.segments,
+                                 0,
+                                 ends.data(),
+                                 sums.data()},
+                                false);
         selective_scan_combine(
             ex, {p.segments, in.initial_state.data, in.A.data, in.A.stride, d, n, ends.data(), sums.data()},
             false);
@@ -293,7 +375,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
     check_launch("selective_scan");
 }
 
-// Few channels: more threads for each, as long as that spares a split in time its second exponentials.
+// Few channels, and time must not be split: more threads for each.
 template <class T, bool kY>
 void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, const ScanParams<T>& p,
               const SelectiveScanOptions& options) {
@@ -301,8 +383,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, const ScanParams
     if (s == 0 || d == 0) return;
     const int64_t multiprocessors = ex.cuda->multiprocessors(), blocks = (d + 31) / 32 * s;
     using TimeParallel = SelectiveScanOptions::TimeParallel;
-    if (n <= 16 && options.time_parallel != TimeParallel::always && blocks < 2 * multiprocessors &&
-        (options.time_parallel == TimeParallel::never || 20 * blocks >= 9 * multiprocessors))
+    if (n <= 16 && options.time_parallel == TimeParallel::never && blocks < 2 * multiprocessors)
         return run_scan<T, kY, 2, 8>(ex, in, p, options);
     with_block(n, [&](auto k, auto parts) {
         run_scan<T, kY, decltype(k)::value, decltype(parts)::value>(ex, in, p, options);
@@ -318,14 +399,12 @@ void selective_scan_combine(const Exec& ex, const CombineParams& p, bool reverse
 }
 
 int64_t selective_scan_want(const Exec& ex, const SelectiveScanOptions& options, int64_t blocks,
-                            int64_t enough_per_multiprocessor, int64_t want_per_multiprocessor) {
+                            int64_t per_multiprocessor) {
     using TimeParallel = SelectiveScanOptions::TimeParallel;
     if (options.time_parallel == TimeParallel::never) return 0;
-    const int64_t multiprocessors = ex.cuda->multiprocessors();
-    if (options.time_parallel == TimeParallel::automatic &&
-        blocks * 10 >= 9 * enough_per_multiprocessor * multiprocessors)
-        return 0;
-    return want_per_multiprocessor * multiprocessors;
+    const int64_t want = per_multiprocessor * ex.cuda->multiprocessors();
+    if (options.time_parallel == TimeParallel::automatic && blocks * 20 >= 9 * want) return 0;
+    return want;
 }
 
 template <class T>
@@ -333,6 +412,7 @@ void selective_scan_states(const Exec& ex, const SelectiveScanInputs<T>& in, Vie
                            const SelectiveScanOptions& options) {
     ScanParams<T> p = make_params(in);
     p.chunk = kTile, p.chunk_states = states.data;
+    p.packed_states = packed_states(states.data, in.A.shape[1]);
     run_scan<T, false>(ex, in, p, options);
 }
 
@@ -343,6 +423,8 @@ void selective_scan(const Exec& ex, const SelectiveScanInputs<T>& in, View<T, 2>
     ScanParams<T> p = make_params(in);
     require_stride(y);
     p.y = y, p.final_state = final_state.data, p.chunk_states = chunk_states.data, p.chunk = options.chunk;
+    p.paired = p.paired && paired(y);
+    p.packed_states = packed_states(chunk_states.data, in.A.shape[1]);
     run_scan<T, true>(ex, in, p, options);
 }
 

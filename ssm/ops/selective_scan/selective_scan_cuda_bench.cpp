@@ -157,6 +157,16 @@ int run() {
             std::fflush(stdout);
         }
     }
+    // States that hardly decay: the passes before a split must read whole segments.
+    for (const Shape4& s : kShapes) {
+        if (s.b > 1) continue;
+        Buffers f = make(ex, s.b, s.d, s.l);
+        f.A = test::on_device(test::Random(2).vector(s.d * 16, -1e-3f, -1e-5f), {s.d, 16}, ex);
+        const double plain = milliseconds(ex, [&] { forward<bf16>(ex, f, false, {}); });
+        forward<bf16>(ex, f, true, {});
+        const double back = milliseconds(ex, [&] { backward<bf16>(ex, f, {}); });
+        std::printf("%ld %ld %ld slow states: %.3f | %.3f\n", s.b, s.d, s.l, plain, back);
+    }
     const Buffers f = make(ex, 1, 1536, 64);
     const Tensor state = Tensor::zeros(ex, {64, 1536, 16});
     const double step = milliseconds(ex, [&] {

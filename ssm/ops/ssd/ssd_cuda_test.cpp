@@ -313,8 +313,10 @@ void expect_gradients(const SsdCase& c, int64_t chunk, uint64_t seed, bool grad_
     // grad A and grad dt_bias sum terms of both signs over all time: of bf16's errors more remains.
     constexpr bool kExact = std::is_same_v<T, float>;
     constexpr double kTolerance = kExact ? 1e-4 : 2e-2, kSums = kExact ? 1e-4 : 5e-2;
+    // What is added at kGradientStart is rounded there, and grad dt may be small beside it.
+    const double kAdded = kExact || set.dt ? kTolerance : 5e-2;
     expect_close(g.x, to_double(r.x), kTolerance, "x");
-    expect_close(g.dt, to_double(r.dt), kTolerance, "dt");
+    expect_close(g.dt, to_double(r.dt), kAdded, "dt");
     expect_close(g.A, to_double(r.A), kSums, "A");
     expect_close(g.B, to_double(r.B), kTolerance, "B");
     expect_close(g.C, to_double(r.C), kTolerance, "C");
