@@ -33,18 +33,21 @@ struct LaunchShape {
 template <class... Wanted, class... Given>
 void launch_overlapped(const Exec& ex, std::string_view op, void (*kernel)(Wanted...),
                        const LaunchShape& shape, Given&&... args) {
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {shape.cluster, 1, 1};
+    // The same split for all of them: a multiprocessor changes it only when it is idle.
+    attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    attributes[2].id = cudaLaunchAttributeClusterDimension;
+    attributes[2].val.clusterDim = {shape.cluster, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = shape.blocks;
     config.blockDim = shape.threads;
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream_of(ex);
     config.attrs = attributes;
-    config.numAttrs = shape.cluster > 1 ? 2 : 1;
+    config.numAttrs = shape.cluster > 1 ? 3 : 2;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(args)...), op);
 }
 

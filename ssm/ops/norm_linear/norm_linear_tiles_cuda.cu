@@ -288,7 +288,9 @@ int64_t choose_ranks(const Params& p, int64_t least, int64_t multiprocessors) {
     const auto time = [&](int64_t r) {  // of all turns, in whole tiles times 8
         return divided(p.tasks, std::max<int64_t>(slots / r, 1)) * (kMostCluster / r);
     };
-    if (ranks < kMostCluster && p.tasks * ranks > slots && time(2 * ranks) * 10 < time(ranks) * 9) ranks *= 2;
+    if (ranks < kMostCluster && p.tasks * ranks > slots && runs > ranks * kWarps &&
+        time(2 * ranks) * 10 < time(ranks) * 9)
+        ranks *= 2;
     return ranks;
 }
 
