@@ -24,7 +24,7 @@ constexpr int kMostShared = 100 << 10;
 constexpr int64_t kMostSide = 1 << 24;  // of W
 constexpr int64_t kAhead = 64 << 10;    // bytes of W that a block asks to be brought to L2
 
-struct Bits {
+struct alignas(16) Bits {
     uint32_t at[4];  // 8 of bf16
 };
 
