@@ -19,25 +19,35 @@ __device__ inline void allow_next() { asm volatile("griddepcontrol.launch_depend
 
 // Asks for the cache line of p to be brought to L2: a hint, of memory that may still be written.
 __device__ inline void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// The same of `bytes` in one request; both multiples of 16.
+__device__ inline void prefetch_l2(const void* p, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+}
 
 struct LaunchShape {
     dim3 blocks, threads;
     size_t shared_bytes = 0;
+    unsigned cluster = 1;  // blocks that reach each other's shared memory: at most 8
 };
 
 template <class... Wanted, class... Given>
 void launch_overlapped(const Exec& ex, std::string_view op, void (*kernel)(Wanted...),
                        const LaunchShape& shape, Given&&... args) {
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[3] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    // The same split for all of them: a multiprocessor changes it only when it is idle.
+    attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+    attributes[2].id = cudaLaunchAttributeClusterDimension;
+    attributes[2].val.clusterDim = {shape.cluster, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = shape.blocks;
     config.blockDim = shape.threads;
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream_of(ex);
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = shape.cluster > 1 ? 3 : 2;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Given>(args)...), op);
 }
 

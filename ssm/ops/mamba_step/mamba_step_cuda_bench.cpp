@@ -53,7 +53,7 @@ void mamba2(benchmark::State& state) {
 }
 
 void mamba_shapes(benchmark::internal::Benchmark* b) {
-    for (const int64_t t : {1, 8, 128}) b->Args({t, 1536, 48})->Args({t, 4096, 128});
+    for (const int64_t t : {1, 2, 8, 16, 32, 128}) b->Args({t, 1536, 48})->Args({t, 4096, 128});
     b->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(5);
 }
 void mamba2_shapes(benchmark::internal::Benchmark* b) {

@@ -74,6 +74,11 @@ void expect_like_the_cpu(const Case& c, DType type, DType weight) {
     expect_close(floats(there.state), floats(here.state), tolerance, "state");
 }
 
+TEST(MambaStepCuda, ManyStates) {
+    expect_like_the_cpu({.t = 100, .d = 1544, .n = 16, .r = 48, .normed = true}, DType::bf16, DType::bf16);
+    expect_like_the_cpu({.t = 93, .d = 1600, .n = 16, .r = 128}, DType::f32, DType::f32);
+}
+
 TEST(MambaStepCuda, LikeTheCpu) {
     for (const int64_t t : {1, 3, 8, 9, 20})
         for (const auto& [d, n, r] : {std::tuple<int64_t, int64_t, int64_t>{16, 4, 2},

@@ -5,64 +5,17 @@
 // with one group the division by the norm comes after the product. Shared: [T i] of the weight's type.
 #include <algorithm>
 
-#include "ssm/core/cuda/launch.cuh"
-#include "ssm/core/cuda/words.cuh"
-#include "ssm/ops/norm_linear/norm_linear_impl.h"
+#include "ssm/ops/norm_linear/norm_linear_cuda.cuh"
 
 namespace ssm::cuda {
 namespace {
 
-constexpr std::string_view kOp = "norm_linear";
-constexpr int kThreads = 256, kBlocks = 2 /* of a multiprocessor */, kWarps = kThreads / kWarp, kMostRows = 8,
-              kTaps = 4;
+using namespace norm_linear_kernels;
+
+constexpr int kThreads = 256, kBlocks = 2 /* of a multiprocessor */, kWarps = kThreads / kWarp, kMostRows = 8;
 constexpr int kMostShared = 200 << 10;
 
-using Gate = RmsNormOptions::Gate;
-
-struct ConvParams {
-    int64_t first, d;  // columns of y; d = 0: none
-    int k;
-    const float* weight;  // [d k]
-    int64_t weight_stride;
-    const float* bias;  // [d] or absent
-    void* state;        // [any k-1 d] of y's type
-    int64_t state_stride;
-    const int32_t* slots;  // [t] or absent
-    bool silu;
-};
-
-struct Params {
-    int64_t i, o, tasks;
-    int t;
-    const void *x, *z;  // [t i]
-    int64_t x_stride, z_stride;
-    const float* norm_weight;  // [i] or absent
-    int64_t groups;            // 0: no norm
-    float eps;
-    bool unit_offset;
-    Gate gate;
-    const void* weight;  // [o i]
-    int64_t weight_stride;
-    const float* bias;  // [o] or absent
-    void* y;            // [t o]
-    int64_t y_stride;
-    bool y_is_bf16, add;
-    ConvParams conv;
-};
-
 // ---- Before the product: v in shared memory ----
-
-template <int P>
-__device__ inline Pack<float, P> norm_weights(const Params& p, int64_t j) {
-    Pack<float, P> w;
-#pragma unroll
-    for (int k = 0; k < P; ++k) w.at[k] = 1.0f;
-    if (p.norm_weight == nullptr || j >= p.i) return w;
-    w = load_pack<P>(p.norm_weight + j);
-#pragma unroll
-    for (int k = 0; k < P; ++k) w.at[k] += p.unit_offset ? 1.0f : 0.0f;
-    return w;
-}
 
 template <class X>
 __device__ inline float gate_of(const Params& p, int64_t t, int64_t j) {
@@ -137,81 +90,6 @@ __device__ inline float division(const Params& p, const float (*squares)[T], int
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += squares[w][t];
     return rsqrtf(sum / static_cast<float>(p.i) + p.eps);
-}
-
-// ---- After the product: what a lane that holds the sum of (row, token) does with it ----
-
-// Fetched ahead: constants before the inputs are there, the rest after.
-struct Ahead {
-    float bias = 0.0f, conv_bias = 0.0f, old = 0.0f, taps[kTaps] = {}, inputs[kTaps - 1] = {};
-};
-
-__device__ inline bool in_conv(const Params& p, int64_t row) {
-    return row >= p.conv.first && row < p.conv.first + p.conv.d;
-}
-__device__ inline float load_y(const Params& p, const void* data, int64_t at) {
-    return p.y_is_bf16 ? to_float(static_cast<const bf16*>(data)[at]) : static_cast<const float*>(data)[at];
-}
-__device__ inline void store_y(const Params& p, void* data, int64_t at, float y) {
-    if (p.y_is_bf16) {
-        static_cast<bf16*>(data)[at] = from_float<bf16>(y);
-    } else {
-        static_cast<float*>(data)[at] = y;
-    }
-}
-
-__device__ inline void fetch_constants(const Params& p, int64_t row, Ahead& a) {
-    if (row >= p.o) return;
-    if (p.bias != nullptr) a.bias = p.bias[row];
-    if (!in_conv(p, row)) return;
-    const int64_t c = row - p.conv.first;
-    if (p.conv.bias != nullptr) a.conv_bias = p.conv.bias[c];
-    if (p.conv.k != kTaps) return;
-#pragma unroll
-    for (int j = 0; j < kTaps; ++j) a.taps[j] = p.conv.weight[c * p.conv.weight_stride + j];
-}
-
-__device__ inline int64_t state_at(const Params& p, int64_t row, int t) {
-    const int64_t slot = p.conv.slots != nullptr ? p.conv.slots[t] : t;
-    return slot * p.conv.state_stride + row - p.conv.first;
-}
-
-__device__ inline void fetch_variables(const Params& p, int64_t row, int t, Ahead& a) {
-    if (row >= p.o || t >= p.t) return;
-    if (p.add) a.old = load_y(p, p.y, t * p.y_stride + row);
-    if (p.conv.k != kTaps || !in_conv(p, row)) return;
-    const int64_t at = state_at(p, row, t);
-#pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) a.inputs[j] = load_y(p, p.conv.state, at + j * p.conv.d);
-}
-
-__device__ inline float convolve(const Params& p, int64_t row, int t, float x, const Ahead& a) {
-    if (p.y_is_bf16) x = to_float(from_float<bf16>(x));
-    const int64_t at = state_at(p, row, t), d = p.conv.d;
-    float sum = a.conv_bias;
-    if (p.conv.k == kTaps) {
-#pragma unroll
-        for (int j = 0; j < kTaps - 1; ++j) {
-            sum = fmaf(a.taps[j], a.inputs[j], sum);
-            store_y(p, p.conv.state, at + j * d, j + 1 < kTaps - 1 ? a.inputs[(j + 1) % (kTaps - 1)] : x);
-        }
-        sum = fmaf(a.taps[kTaps - 1], x, sum);
-    } else {
-        const float* taps = p.conv.weight + (row - p.conv.first) * p.conv.weight_stride;
-        for (int j = 0; j < p.conv.k; ++j) {
-            const float input = j < p.conv.k - 1 ? load_y(p, p.conv.state, at + j * d) : x;
-            if (j > 0) store_y(p, p.conv.state, at + (j - 1) * d, input);
-            sum = fmaf(taps[j], input, sum);
-        }
-    }
-    return p.conv.silu ? silu(sum) : sum;
-}
-
-__device__ inline void finish(const Params& p, int64_t row, int t, float sum, const Ahead& a) {
-    if (row >= p.o || t >= p.t) return;
-    float y = sum + a.bias;
-    if (in_conv(p, row)) y = convolve(p, row, t, y, a);
-    store_y(p, p.y, t * p.y_stride + row, y + a.old);
 }
 
 // ---- The product ----
@@ -396,9 +274,7 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
     const Tensor& weight = in.weight.weight();
     const bool w16 = weight.dtype() == DType::bf16, x16 = in.x.dtype() == DType::bf16;
     const int64_t t = in.x.dim(0), i = in.x.dim(1);
-    if (t > kMostRows || i == 0 ||
-        kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
-        return false;
+    if (i == 0) return false;
     const RmsNormOptions norm = in.norm.value_or(RmsNormOptions{});
     const Params p{.i = i,
                    .o = weight.dim(0),
@@ -422,6 +298,9 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
+    if (w16 && packs && tiles(ex, p, x16)) return true;
+    if (t > kMostRows || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
+        return false;
     if (x16 && w16) {
         choose<bf16, bf16>(ex, p, packs);
     } else if (w16) {

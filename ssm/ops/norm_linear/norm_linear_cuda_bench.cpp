@@ -39,7 +39,7 @@ void projection(benchmark::State& state, Kind kind, int64_t o, int64_t i) {
 }
 
 void tokens(benchmark::internal::Benchmark* b) {
-    for (const int64_t t : {1, 2, 4, 8}) b->Arg(t);
+    for (const int64_t t : {1, 2, 8, 16, 32, 128}) b->Arg(t);
     b->UseManualTime()->Unit(benchmark::kMicrosecond)->Iterations(5);
 }
 

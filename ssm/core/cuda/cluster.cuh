@@ -1,0 +1,35 @@
+// Blocks of a cluster (launch_overlapped's `cluster`): who a block is, a barrier, reading from another's
+// shared memory. Included by .cu files only.
+#pragma once
+
+#include <cstdint>
+
+namespace ssm::cuda {
+
+__device__ inline int cluster_size() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return static_cast<int>(n);
+}
+__device__ inline int cluster_rank() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
+    return static_cast<int>(n);
+}
+
+// All threads of all blocks; what they wrote to shared memory before is seen by all after it.
+__device__ inline void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+// *p of the block `rank`, p in shared memory.
+__device__ inline float load_from_rank(const float* p, int rank) {
+    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
+    float x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return x;
+}
+
+}  // namespace ssm::cuda
