@@ -8,9 +8,9 @@
 
 #include "apps/ssm/commands/common.h"
 #include "ssm/core/machine.h"
+#include "ssm/core/replay.h"
 #include "ssm/generate/decoder.h"
 #include "ssm/io/mapped_file.h"
-#include "ssm/core/replay.h"
 #include "ssm/models/registry.h"
 #include "ssm/ops/linear/linear_rates.h"
 #include "ssm/ops/sample/sample.h"
@@ -180,7 +180,9 @@ Test train_test(const Exec& ex, LanguageModel& model, const Options& o) {
     auto step = std::make_shared<TrainingStep>(
         ex, model,
         TrainedLanguageModel::Options{.dtype = rounded ? DType::bf16 : DType::f32, .recompute = o.recompute});
-    Batch batch{.ids = random_ids(b * l, model.vocab()), .targets = random_ids(b * l, model.vocab()), .cu_seqlens = {}};
+    Batch batch{.ids = random_ids(b * l, model.vocab()),
+                .targets = random_ids(b * l, model.vocab()),
+                .cu_seqlens = {}};
     for (int64_t i = 0; i <= b; ++i) batch.cu_seqlens.push_back(i * l);
     const double whole = 1;
     step->model.set_batches({&batch, 1}, {&whole, 1});

@@ -65,7 +65,8 @@ Graph Graph::capture(const Exec& ex, const std::function<void()>& work) {
 
 void Graph::launch(const Exec& ex) const {
     require(handle_ != nullptr, "graph", "nothing was captured");
-    cuda::check(cudaGraphLaunch(static_cast<const Captured*>(handle_.get())->graph, cuda::stream_of(ex)), "graph");
+    cuda::check(cudaGraphLaunch(static_cast<const Captured*>(handle_.get())->graph, cuda::stream_of(ex)),
+                "graph");
 }
 
 Exec with_own_memory(const Exec& ex) {
