@@ -16,10 +16,11 @@ namespace ssm::cuda::norm_linear_kernels {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kBlocks = 2 /* of a multiprocessor */;
-constexpr int kTileRows = 16, kTileTokens = 8, kRun = 32, kQuarter = 8, kMostCluster = 8, kMostTokens = 32;
-constexpr int kU = 4;                        // runs of W in registers
-constexpr int kMostRuns = 8;                 // of x of a warp
-constexpr int kTokenStride = kTileRows + 4;  // of sums: without bank conflicts
+constexpr int kTileRows = 16, kTileTokens = 8, kRun = 32, kQuarter = 8, kMostCluster = 8;
+constexpr int kFewestTokens = 5, kMostTokens = 32;  // measured (README.md): fewer are faster by FMAs
+constexpr int kU = 4;                               // runs of W in registers
+constexpr int kMostRuns = 8;                        // of x of a warp
+constexpr int kTokenStride = kTileRows + 4;         // of sums: without bank conflicts
 constexpr int kMostShared = 100 << 10;
 constexpr int64_t kMostSide = 1 << 24;  // of W
 constexpr int64_t kAhead = 64 << 10;    // bytes of W that a block asks to be brought to L2
@@ -319,7 +320,6 @@ bool launch(const Exec& ex, Params p) {
 
 template <class X, bool kGate>
 bool choose(const Exec& ex, const Params& p) {
-    if (p.t <= 2) return launch<X, 1, 1, kGate>(ex, p);
     if (p.t <= kTileTokens) return launch<X, 1, 4, kGate>(ex, p);
     if (p.t <= 2 * kTileTokens) return launch<X, 2, 4, kGate>(ex, p);
     return launch<X, 4, 4, kGate>(ex, p);
@@ -328,7 +328,8 @@ bool choose(const Exec& ex, const Params& p) {
 }  // namespace
 
 bool tiles(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t > kMostTokens || p.groups > 1 || std::max(p.o, p.i) > kMostSide) return false;
+    if (p.t < kFewestTokens || p.t > kMostTokens || p.groups > 1 || std::max(p.o, p.i) > kMostSide)
+        return false;
     if (!x_is_bf16) return choose<float, false>(ex, p);  // z has the weight's type, and x's
     return p.gate == Gate::none ? choose<bf16, false>(ex, p) : choose<bf16, true>(ex, p);
 }

@@ -118,7 +118,7 @@ void verify(const Exec& ex) {
     forward<float>(cpu, here, true, {});
     backward<float>(cpu, here, {});
     const auto error = [&](Tensor Buffers::*member) {
-        return test::relative_l2(test::from_device<float>((there.*member).to(DType::f32)),
+        return test::relative_l2(test::from_device<float>((there.*member).to_host().to(DType::f32)),
                                  test::from_device<float>(here.*member));
     };
     double worst = 0;
