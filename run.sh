@@ -11,9 +11,9 @@ tools/install_deps.sh
 echo "== build (the first takes some minutes)"
 [[ -f build/run/build.ninja ]] || cmake --preset release -B build/run -DSSM_DEV=OFF >/dev/null
 cmake --build build/run --target ssm_command "${quiet[@]}"
-echo "== a story, by the Mamba in models/stories"
+echo "== a story, by the Mamba-2 in models/stories"
 if [[ $# -eq 0 ]]; then
-    set -- --prompt "Once upon a time, there was a little" -n 220 --temperature 0.6 --top-p 0.9 --seed 7
+    set -- --prompt "Once upon a time, there was a little" -n 420 --temperature 0.5 --top-p 0.9 --seed 26
 fi
 build/run/bin/ssm generate "$@"
 echo "== go on with: build/run/bin/ssm --help"

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Draws time and memory of reading one sequence over its length, from the runs named "length" of a gpu.json
+(tools/gpu_check.sh), as SVG, by gnuplot.
+
+    tools/plot_lengths.py bench/results/2026-11-22-gpu.json docs/images/length.svg
+"""
+import json
+import subprocess
+import sys
+
+STYLE = """
+set terminal svg size 760,360 dynamic background "white" font "DejaVu Sans,13"
+set grid
+set tics nomirror
+set key top left
+set logscale xyy2
+set xlabel "tokens"
+set ylabel "milliseconds"
+set y2label "gigabytes"
+set y2tics
+set format x "%.0s%c"
+"""
+
+
+def main() -> int:
+    if len(sys.argv) != 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    with open(sys.argv[1]) as file:
+        runs = [run for run in json.load(file)["runs"] if run["options"] == "length"]
+    rows = []
+    for run in runs:
+        result = run["results"][0]
+        tokens = int(result["test"][2:])
+        rows.append((tokens, 1e3 * tokens / result["tokens_per_second"], result["peak_gigabytes"]))
+    data = "".join(f"{t} {ms} {gb}\n" for t, ms, gb in rows) + "e\n"
+    script = STYLE + f'set output "{sys.argv[2]}"\n'
+    script += ('plot "-" using 1:2 with linespoints lw 2 pt 7 lc rgb "#1f6feb" title "time to read", '
+               '"-" using 1:3 axes x1y2 with linespoints lw 2 pt 5 lc rgb "#d1242f" title "memory (right)"\n')
+    return subprocess.run(["gnuplot"], input=script + data + data, text=True, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
