@@ -162,7 +162,9 @@ void run(Options& o, const CLI::App& command) {
 
     TrainedLanguageModel trained(
         ex, *model, {.dtype = cuda && bf16 ? DType::bf16 : DType::f32, .recompute = o.recompute});
-    if (!o.quiet && !cuda) o.train.peak_flops = measure_matrix_rate(ex, bf16 ? DType::bf16 : DType::f32);
+    if (!o.quiet)  // on a GPU with memory of its own, which is given back
+        o.train.peak_flops =
+            measure_matrix_rate(cuda ? make_cuda_exec() : ex, bf16 ? DType::bf16 : DType::f32);
     std::unique_ptr<Validator> validator;
     if (!valid.empty()) {
         validator = std::make_unique<TextValidator>(trained, std::move(valid), o.sampler.length,
