@@ -3,6 +3,7 @@
 // which x stays. The sums are reduced over the group by halving what each lane holds, in a fixed order.
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/warp_sums.cuh"
 #include "ssm/ops/linear/linear_impl.h"
 
 namespace ssm::cuda {
@@ -65,26 +66,6 @@ __device__ inline void store_y(const Params& p, int t, int64_t row, float sum) {
     }
 }
 
-// The sum over a group of G lanes of each of V values (V <= G, powers of two): lane l of the group returns
-// that of value l / (G / V).
-template <int V, int G>
-__device__ inline float sum_group(float (&v)[V], int lane) {
-    int offset = G / 2;
-#pragma unroll
-    for (int n = V; n > 1; n /= 2) {
-        const bool upper = (lane & offset) != 0;
-#pragma unroll
-        for (int k = 0; k < V / 2; ++k) {
-            if (k >= n / 2) break;
-            const float send = upper ? v[k] : v[k + n / 2], keep = upper ? v[k + n / 2] : v[k];
-            v[k] = keep + __shfl_xor_sync(kAllLanes, send, offset);
-        }
-        offset /= 2;
-    }
-    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], offset);
-    return v[0];
-}
-
 // T: rows of x (a power of two, p.t of them real). R: rows of W of a group of G lanes. N: elements of a load.
 // U: loads of a row that are begun before the first is used.
 template <class X, class W, int T, int R, int G, int N, int U>
@@ -130,7 +111,7 @@ __global__ void __launch_bounds__(kMostThreads) Stream(const __grid_constant__ P
         }
     }
     constexpr int kEach = G / (R * T);
-    const float sum = sum_group<R * T, G>(sums, lane);
+    const float sum = sum_values<R * T, G>(sums);
     const int t = lane / kEach % T;
     const int64_t row = first + lane / kEach / T;
     if (lane % kEach != 0 || t >= p.t || row >= p.o) return;

@@ -5,6 +5,7 @@
 // with one group the division by the norm comes after the product. Shared: [T i] of the weight's type.
 #include <algorithm>
 
+#include "ssm/core/cuda/warp_sums.cuh"
 #include "ssm/ops/norm_linear/norm_linear_cuda.cuh"
 
 namespace ssm::cuda {
@@ -93,26 +94,6 @@ __device__ inline float division(const Params& p, const float (*squares)[T], int
 }
 
 // ---- The product ----
-
-// The sum over the warp of each of V values (V <= 32, powers of two): lane l returns that of value
-// l / (32 / V).
-template <int V>
-__device__ inline float sum_values(float (&v)[V]) {
-    int offset = kWarp / 2;
-#pragma unroll
-    for (int n = V; n > 1; n /= 2) {
-        const bool upper = (threadIdx.x & offset) != 0;
-#pragma unroll
-        for (int k = 0; k < V / 2; ++k) {
-            if (k >= n / 2) break;
-            const float send = upper ? v[k] : v[k + n / 2], keep = upper ? v[k + n / 2] : v[k];
-            v[k] = keep + __shfl_xor_sync(kAllLanes, send, offset);
-        }
-        offset /= 2;
-    }
-    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], offset);
-    return v[0];
-}
 
 template <class W, int R, int N, int U>
 struct Weights {

@@ -3,6 +3,7 @@
 // C are held meanwhile. A lane of each row's group writes y.
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/warp_sums.cuh"
 #include "ssm/ops/ssd/ssd_impl.h"
 
 namespace ssm::cuda {
@@ -28,26 +29,6 @@ __device__ inline float step_size(const SsdInputs<T>& in, int64_t s, int64_t h) 
 template <class T>
 __device__ inline float skip_of(const SsdInputs<T>& in, int64_t h, int64_t row) {
     return in.D.data == nullptr ? 0.0f : in.D.data[h * in.D.stride + (in.D.shape[1] == 1 ? 0 : row)];
-}
-
-// The sums over groups of G lanes of V values each (V <= G, powers of two): lane l of a group returns that of
-// value l / (G / V).
-template <int V, int G>
-__device__ inline float sum_values(float (&v)[V]) {
-    int offset = G / 2;
-#pragma unroll
-    for (int n = V; n > 1; n /= 2) {
-        const bool upper = (threadIdx.x & offset) != 0;
-#pragma unroll
-        for (int k = 0; k < V / 2; ++k) {
-            if (k >= n / 2) break;
-            const float send = upper ? v[k] : v[k + n / 2], keep = upper ? v[k + n / 2] : v[k];
-            v[k] = keep + __shfl_xor_sync(kAllLanes, send, offset);
-        }
-        offset /= 2;
-    }
-    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], offset);
-    return v[0];
 }
 
 // A warp: U 32 / L rows of one head of one sequence.
