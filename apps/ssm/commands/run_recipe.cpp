@@ -51,4 +51,26 @@ void write_recipe(const CLI::App& command, const fs::path& path) {
     write_file_atomic(path, recipe.dump(1) + '\n');
 }
 
+void add_loop_options(CLI::App& c, TrainOptions& t) {
+    c.add_option("--warmup", t.schedule.warmup, "Steps to reach --lr")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--weight-decay", t.optimizer.weight_decay, "Of matrices; vectors and A_log have none")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--beta2", t.optimizer.beta2, "AdamW")
+        ->check(CLI::Range(0.0, 0.9999999))
+        ->capture_default_str();
+    c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--checkpoint-every", t.checkpoint_every, "Steps; 0: only at the end")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c.add_option("--keep", t.keep, "Checkpoints to keep")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--log-every", t.log_every, "Steps between lines of metrics.jsonl")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+}
+
 }  // namespace ssm::cli

@@ -203,26 +203,8 @@ void add_train_options(CLI::App& c, Options& o) {
     c.add_option("--lr", t.schedule.peak, "Learning rate")->check(CLI::PositiveNumber);
     c.add_option("--min-lr", t.schedule.floor, "Last learning rate, by a cosine; default --lr")
         ->check(CLI::NonNegativeNumber);
-    c.add_option("--warmup", t.schedule.warmup, "Steps to reach --lr")
-        ->check(CLI::NonNegativeNumber)
-        ->capture_default_str();
-    c.add_option("--weight-decay", t.optimizer.weight_decay, "Of matrices; vectors and A_log have none")
-        ->check(CLI::NonNegativeNumber)
-        ->capture_default_str();
-    c.add_option("--beta2", t.optimizer.beta2, "Adam")
-        ->check(CLI::Range(0.0, 0.9999999))
-        ->capture_default_str();
     c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber);
-    c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
-        ->check(CLI::NonNegativeNumber)
-        ->capture_default_str();
-    c.add_option("--checkpoint-every", t.checkpoint_every, "Steps; 0: only at the end")
-        ->check(CLI::NonNegativeNumber)
-        ->capture_default_str();
-    c.add_option("--keep", t.keep, "Checkpoints to keep")->check(CLI::PositiveNumber)->capture_default_str();
-    c.add_option("--log-every", t.log_every, "Steps between lines of metrics.jsonl")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
+    add_loop_options(c, t);
     c.add_option("--valid-every", t.valid_every, "Steps between validations; 0: only at the end")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
