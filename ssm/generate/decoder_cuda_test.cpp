@@ -20,6 +20,15 @@ TEST(DecoderCuda, Bf16) {
         for (const int64_t slots : {3, 20}) expect_decodes(cuda_exec(), shape, slots, DType::bf16, 3e-2);
 }
 
+// More than in_proj's kernel takes the convolution of: conv_linear, its kernel in the second shape.
+TEST(DecoderCuda, ManySlots) {
+    const ReferenceShape packed{.vocab = 64, .e = 64, .d = 256, .n = 16, .r = 8};
+    for (const ReferenceShape& shape : {decoder_shapes().front(), packed}) {
+        expect_decodes(cuda_exec(), shape, 40, DType::f32, 1e-4);
+        expect_decodes(cuda_exec(), shape, 40, DType::bf16, 3e-2);
+    }
+}
+
 TEST(DecoderCuda, GreedySteps) {
     for (const ReferenceShape& shape : decoder_shapes())
         for (const int64_t slots : {1, 12}) expect_greedy_steps(cuda_exec(), shape, slots);
