@@ -2,16 +2,11 @@
 
 #include <cmath>
 
-#include "ssm/ops/conv_linear/conv_linear.h"
 #include "ssm/ops/mamba_step/mamba_step.h"
 #include "ssm/ops/norm_linear/norm_linear.h"
 
 namespace ssm {
 namespace {
-
-// Up to so many sequences in_proj's kernel takes the convolution's step; x_proj's, of more (norm_linear.h,
-// conv_linear.h).
-constexpr int64_t kFewSequences = 32;
 
 // A_log = log(1 .. n) in every row (S4D-Real).
 void init_A_log(Random&, const Tensor& t) {
@@ -78,21 +73,16 @@ void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, M
         .bias = conv_bias_ ? conv_bias_.value().view<const float, 1>() : View<const float, 1>{},
         .state = s.conv,
         .slots = ctx.slots};
-    const bool few = t <= kFewSequences;
     norm_linear(ex,
                 {.x = residual,
                  .norm = RmsNormOptions{.eps = norm.eps},
                  .norm_weight = norm.weight,
                  .weight = in_proj_.packed(),
                  .bias = in_proj_.bias_view()},
-                xz, {.conv = few ? std::optional(conv) : std::nullopt});
+                xz, {.conv = conv});
     const Tensor x = xz.columns(0, c.d), dbc = Tensor::empty(ex, {t, c.r + 2 * c.n}),
                  y = Tensor::empty(ex, {t, c.d}, ctx.activation);
-    if (few) {
-        norm_linear(ex, {.x = x, .weight = x_proj_.packed()}, dbc);
-    } else {
-        conv_linear(ex, x, conv, x_proj_.packed(), dbc);
-    }
+    norm_linear(ex, {.x = x, .weight = x_proj_.packed()}, dbc);
     mamba_step(ex,
                {.x = x,
                 .dbc = dbc,
