@@ -62,17 +62,21 @@ tests() {
 
 # One JSON value a line, in the order of the arguments' groups.
 measure() {
-    local ssm="$stage/bin/ssm bench --device cuda --dtype bf16 --json" shape extra
+    local ssm="$stage/bin/ssm bench --device cuda --dtype bf16 --json" shape length
+    run() { # shape, options that count, the rest
+        echo "{\"shape\": \"$1\", \"options\": \"$2\", \"results\": $($ssm --shape "$1" $2 $3 | tr -d '\n')}"
+    }
     for shape in mamba-130m mamba2-130m; do
-        for extra in "" --recompute; do
-            echo "{\"shape\": \"$shape\", \"options\": \"$extra\", \"results\": $($ssm --shape $shape --train-length 2048 --train-batch 8 $extra | tr -d '\n')}"
+        for recompute in none cheap layers; do
+            run $shape "--recompute $recompute" "--train-length 2048 --train-batch 8"
         done
     done
     for shape in mamba-130m mamba2-130m mamba-1.4b mamba2-1.3b; do
-        echo "{\"shape\": \"$shape\", \"options\": \"\", \"results\": $($ssm --shape $shape --pp 2048 --tg 128 --batch 1,8,128 --repeats 3 | tr -d '\n')}"
+        run $shape "" "--pp 2048 --tg 128 --batch 1,8,128 --repeats 3"
+        run $shape "--state-dtype bf16" "--pp 0 --tg 128 --batch 1,128 --repeats 3"
     done
     for length in 1024 4096 16384 65536 262144 1048576; do
-        echo "{\"shape\": \"mamba-130m\", \"options\": \"length\", \"results\": $($ssm --shape mamba-130m --pp $length --tg 64 --depth $length --repeats 3 | tr -d '\n')}"
+        run mamba-130m "--depth $length" "--pp $length --tg 64 --repeats 3"
     done
 }
 

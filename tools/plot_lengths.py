@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Draws over the length of one sequence the time and memory of reading it and the time of a step of writing after it,
-from the runs named "length" of a gpu.json (tools/gpu_check.sh), as SVG, by gnuplot.
+from the runs with --depth of a gpu.json (tools/gpu_check.sh), as SVG, by gnuplot.
 
     tools/plot_lengths.py bench/results/2026-11-22-gpu.json docs/images/length.svg
 """
@@ -27,7 +27,7 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     with open(sys.argv[1]) as file:
-        runs = [run for run in json.load(file)["runs"] if run["options"] == "length"]
+        runs = [run for run in json.load(file)["runs"] if run["options"].startswith("--depth")]
     rows = []
     for run in runs:
         reading, writing = run["results"]
