@@ -24,11 +24,6 @@ Graph Graph::capture(const Exec&, const std::function<void()>&) {
     fail(ErrorCode::unsupported, "graph", "this build has no CUDA");
 }
 void Graph::launch(const Exec&) const {}
-Exec with_own_memory(const Exec& ex) {
-    Exec own = ex;
-    own.allocator = std::make_shared<Allocator>();
-    return own;
-}
 std::vector<Gpu> list_gpus(std::string& why) {
     why = "this build has no CUDA";
     return {};

@@ -25,7 +25,4 @@ private:
     std::shared_ptr<void> handle_;
 };
 
-// The same device and stream; blocks of memory that are given back are not for others.
-Exec with_own_memory(const Exec& ex);
-
 }  // namespace ssm

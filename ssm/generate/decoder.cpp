@@ -40,12 +40,7 @@ void for_each_pair(ModelState& a, ModelState& b, F&& f) {
 }  // namespace
 
 Decoder::Decoder(const Exec& ex, LanguageModel& model, int64_t slots, DType states)
-    : exec_(ex),
-      own_(with_own_memory(ex)),
-      model_(model),
-      slots_(slots),
-      valid_(model.vocab()),
-      states_(states) {
+    : exec_(ex), model_(model), slots_(slots), valid_(model.vocab()), states_(states) {
     require(slots >= 1, kWhere, "a decoder needs at least one slot");
     const bool gpu = ex.device != Device::cpu;
     require(states == DType::f32 || states == DType::bf16, kWhere, "states are f32 or bf16, not {}",
@@ -178,14 +173,14 @@ void Decoder::choose(const Tensor& logits, bool fed) const {
 
 void Decoder::compute(int64_t b, const Tensor& logits) {
     Ctx ctx{
-        .exec = own_, .activation = model_.dtype(), .slots = slot_ids_.rows(0, b).view<const int32_t, 1>()};
+        .exec = exec_, .activation = model_.dtype(), .slots = slot_ids_.rows(0, b).view<const int32_t, 1>()};
     model_.step(ctx, ids_.rows(0, b), pool_, logits);
     choose(logits, true);
 }
 
 void Decoder::run(int64_t count) {
     if (exec_.device == Device::cpu) {
-        logits_ = Tensor::empty(own_, {count, model_.vocab()});
+        logits_ = Tensor::empty(exec_, {count, model_.vocab()});
         return compute(count, logits_);
     }
     const int64_t b = padded(count, slots_);
@@ -195,7 +190,7 @@ void Decoder::run(int64_t count) {
     if (shape.graph) return shape.graph.launch(exec_);
     // The first step of a size runs as it is, and is then captured: everything is made and loaded by now.
     compute(b, shape.logits);
-    shape.graph = Graph::capture(own_, [&] { compute(b, shape.logits); });
+    shape.graph = Graph::capture(exec_, [&] { compute(b, shape.logits); });
 }
 
 std::vector<int32_t> Decoder::next_ids() const {

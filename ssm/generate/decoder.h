@@ -71,7 +71,6 @@ private:
     void choose(const Tensor& logits, bool fed) const;
 
     const Exec& exec_;
-    Exec own_;  // its memory is that of the graphs
     LanguageModel& model_;
     int64_t slots_, valid_;
     DType states_;

@@ -20,7 +20,7 @@ TEST(DecoderCuda, Bf16) {
         for (const int64_t slots : {3, 20}) expect_decodes(cuda_exec(), shape, slots, DType::bf16, 3e-2);
 }
 
-// More than in_proj's kernel takes the convolution of: conv_linear, its kernel in the second shape.
+// More than a group of rows of norm_linear's kernel.
 TEST(DecoderCuda, ManySlots) {
     const ReferenceShape packed{.vocab = 64, .e = 64, .d = 256, .n = 16, .r = 8};
     for (const ReferenceShape& shape : {decoder_shapes().front(), packed}) {

@@ -69,14 +69,4 @@ void Graph::launch(const Exec& ex) const {
                 "graph");
 }
 
-Exec with_own_memory(const Exec& ex) {
-    Exec own = ex;
-    if (ex.device == Device::cuda) {
-        own.allocator = std::make_shared<cuda::DeviceAllocator>(ex.cuda);
-    } else {
-        own.allocator = std::make_shared<Allocator>();
-    }
-    return own;
-}
-
 }  // namespace ssm

@@ -46,16 +46,19 @@ __device__ inline Words<T, N> load_words(const T* p) {
     return v;
 }
 
+// As one number of 16 (8) bytes: the compiler splits the stores of structs (numbers.cuh).
 template <int N, class T>
 __device__ inline void store_words(T* p, const Words<T, N>& v) {
     constexpr int kBytes = Words<T, N>::kBytes;
     static_assert(kBytes % 8 == 0);
+    const auto two = [&](int i) { return uint64_t{v.at[i + 1]} << 32 | v.at[i]; };
     if constexpr (kBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kBytes / 16; ++i)
-            reinterpret_cast<uint4*>(p)[i] = {v.at[4 * i], v.at[4 * i + 1], v.at[4 * i + 2], v.at[4 * i + 3]};
+            reinterpret_cast<unsigned __int128*>(p)[i] =
+                static_cast<unsigned __int128>(two(4 * i + 2)) << 64 | two(4 * i);
     } else {
-        *reinterpret_cast<uint2*>(p) = {v.at[0], v.at[1]};
+        *reinterpret_cast<uint64_t*>(p) = two(0);
     }
 }
 

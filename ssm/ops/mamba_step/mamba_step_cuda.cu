@@ -29,9 +29,7 @@ struct Params {
     bool normed;
     float eps;
 
-    __device__ S* state_of(int64_t s) const {
-        return state.data + (slots != nullptr ? slots[s] : s) * state.stride;
-    }
+    __device__ int64_t state_of(int64_t s) const { return (slots != nullptr ? slots[s] : s) * state.stride; }
 };
 
 __device__ inline float exp2_fast(float x) {
@@ -74,7 +72,7 @@ __global__ void __launch_bounds__(kFewThreads) Few(const __grid_constant__ Param
         if ((u * kLanes + lane) * V < p.r) w[u] = load_words<V>(row + (u * kLanes + lane) * V);
     const float a = lane < n ? A[lane] : 0.0f, bias = p.bias != nullptr ? p.bias[c] : 0.0f,
                 skip = p.D != nullptr ? p.D[c] : 0.0f;
-    S* h = p.state_of(s) + c * n;
+    S* h = p.state.data + p.state_of(s) + c * n;
     if (lane == 0) prefetch_l2(h);
     wait_for_inputs();
 
@@ -137,7 +135,7 @@ struct Shared {
     // The products' parts; then part 0 is dt and part 1 dt x, and then y's sum. Padded: no bank conflicts.
     float dots[Of::kParts][Of::kTiles * kTokens][Of::kChannels + 4];
     float rstd[kSeqs][3];
-    S* rows[kSeqs];  // the sequences' states
+    int64_t rows[kSeqs];  // the sequences' states: offsets, so that their address is known to be global
     uint64_t arrived;
 };
 
@@ -277,7 +275,7 @@ __device__ inline void advance(const P& p, int64_t first, int count, const float
             next[k] = fmaf(exp2_fast(step * A[k]), held[k], input * B.at[k]);
             sum = fmaf(C.at[k], next[k], sum);
         }
-        if (mine) store_words<W>(shared.rows[s] + at, to_words<S>(next));
+        if (mine) store_words<W>(p.state.data + shared.rows[s] + at, to_words<S>(next));
         sum = group_sum<Of::L>(sum * shared.rstd[s][2]);
         if (part == 0) shared.dots[1][s][channel] = sum;
     }
@@ -319,9 +317,9 @@ __global__ void __launch_bounds__(kManyThreads, 4) Many(const __grid_constant__ 
     const auto bytes = static_cast<uint32_t>(min(d - first, int64_t{Of::kChannels}) * n * sizeof(S));
     S* row = nullptr;
     if (thread < count) {
-        row = p.state_of(s0 + thread);
-        shared.rows[thread] = row;
-        row += first * n;
+        const int64_t at = p.state_of(s0 + thread);
+        shared.rows[thread] = at;
+        row = p.state.data + at + first * n;
         prefetch_l2(row, bytes);
     }
     if (thread == 0) init_barrier(&shared.arrived, count);

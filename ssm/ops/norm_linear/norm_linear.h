@@ -16,10 +16,9 @@
 // Numerics   f32 accumulation; v is rounded to the weight's type, before or after its division by the norm.
 //            rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
 // Cost       t small: bound by reading the weight once: floor = o i sizeof(weight) / bandwidth.
-// GPU        t <= 32 with a bf16 weight and at most one norm group, else t <= 8: one kernel, which fetches
-// its
-//            weights while the kernel before it ends (they must not have been written by that one).
-//            Otherwise, and on the CPU, the operators one after another.
+// GPU        t <= 32 (512 if o i <= 160 4096) with a bf16 weight and at most one norm group, else t <= 8: one
+//            kernel, which fetches its weights while the kernel before it ends (so that one must not have
+//            written them). Otherwise, and on the CPU, the operators one after another.
 #pragma once
 
 #include <optional>

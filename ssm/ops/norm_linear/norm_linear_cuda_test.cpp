@@ -109,7 +109,7 @@ void expect_for_all_types(const Case& c) {
 }
 
 TEST(NormLinearCuda, Sizes) {
-    for (const int64_t t : {1, 2, 3, 8, 9, 16, 20, 32, 33})
+    for (const int64_t t : {1, 2, 3, 8, 9, 16, 20, 32, 33, 128, 131})
         for (const auto& [o, i] : {std::pair<int64_t, int64_t>{1, 8},
                                    {5, 3},
                                    {40, 48},
@@ -130,12 +130,12 @@ TEST(NormLinearCuda, ManyRowsOfTheWeight) {
         expect_for_all_types({.t = t, .o = 20011, .i = 256, .groups = 1});
         expect_for_all_types({.t = t, .o = 9000, .i = 520});
     }
-    for (const int64_t t : {13, 19}) expect_for_all_types({.t = t, .o = 9000, .i = 520, .groups = 1});
+    for (const int64_t t : {13, 19, 40}) expect_for_all_types({.t = t, .o = 9000, .i = 520, .groups = 1});
     expect_for_all_types({.t = 5, .o = 9000, .i = 4104, .groups = 1});  // several tiles of a cluster
 }
 
 TEST(NormLinearCuda, NormsAndGates) {
-    for (const int64_t t : {1, 3, 8, 10})
+    for (const int64_t t : {1, 3, 8, 10, 40})
         for (const Gate gate : {Gate::none, Gate::before, Gate::after})
             for (const int64_t groups : {1, 2, 6})
                 for (const bool weighted : {true, false}) {
@@ -149,7 +149,7 @@ TEST(NormLinearCuda, NormsAndGates) {
 }
 
 TEST(NormLinearCuda, Convolution) {
-    for (const int64_t t : {1, 3, 8, 10, 32})
+    for (const int64_t t : {1, 3, 8, 10, 32, 70})
         for (const int64_t taps : {2, 3, 4, 6})
             for (const bool slots : {false, true}) {
                 Case c{.t = t,

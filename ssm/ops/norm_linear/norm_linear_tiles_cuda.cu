@@ -24,6 +24,9 @@ constexpr int kTokenStride = kTileRows + 4;         // of sums: without bank con
 constexpr int kMostShared = 100 << 10;
 constexpr int64_t kMostSide = 1 << 24;  // of W
 constexpr int64_t kAhead = 64 << 10;    // bytes of W that a block asks to be brought to L2
+// More rows of x than kMostTokens are taken in groups by different blocks, each of which reads W: up to so
+// many rows, and weights so small (x_proj's), that it is faster than cuBLASLt.
+constexpr int64_t kMostGrouped = 512, kMostGroupedSize = 160 * 4096;
 
 struct alignas(16) Bits {
     uint32_t at[4];  // 8 of bf16
@@ -53,7 +56,7 @@ __device__ inline Columns columns_of(const Params& p, int warp, int warps) {
 
 // One lane's quarter of a run of one token.
 template <class X, bool kGate>
-__device__ inline Bits make_v(const Params& p, const Pack<X, kQuarter>& x, const Pack<X, kQuarter>& z,
+__device__ inline Bits make_v(const Params& p, const Words<X, kQuarter>& x, const Words<X, kQuarter>& z,
                               const Pack<float, kQuarter>& w, float& squares) {
     Bits out;
 #pragma unroll
@@ -61,7 +64,7 @@ __device__ inline Bits make_v(const Params& p, const Pack<X, kQuarter>& x, const
         uint32_t both = 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float raw = to_float(x.at[k + h]), gated = kGate ? raw * silu(to_float(z.at[k + h])) : raw,
+            const float raw = x[k + h], gated = kGate ? raw * silu(z[k + h]) : raw,
                         one = p.gate == Gate::before ? gated : raw;
             squares = fmaf(one, one, squares);
             both |= static_cast<uint32_t>(from_float<bf16>(gated * w.at[k + h]).bits) << (16 * h);
@@ -86,15 +89,15 @@ __device__ inline void stage(const Params& p, const Columns& columns, Bits* v, f
         const bool inside = quarter < quarters && j < p.i;
         const Pack<float, kQuarter> w = norm_weights<kQuarter>(p, inside ? j : p.i);
         for (int t0 = group; t0 - group < p.t; t0 += groups * A) {
-            Pack<X, kQuarter> x[A] = {};
-            Pack<X, kQuarter> z[kGate ? A : 1] = {};
+            Words<X, kQuarter> x[A] = {};
+            Words<X, kQuarter> z[kGate ? A : 1] = {};
 #pragma unroll
             for (int a = 0; a < A; ++a) {
                 const int t = t0 + a * groups;
                 if (!inside || t >= p.t) continue;
-                x[a] = load_pack<kQuarter>(static_cast<const X*>(p.x) + t * p.x_stride + j);
+                x[a] = load_words<kQuarter>(static_cast<const X*>(p.x) + t * p.x_stride + j);
                 if constexpr (kGate)
-                    z[a] = load_pack<kQuarter>(static_cast<const X*>(p.z) + t * p.z_stride + j);
+                    z[a] = load_words<kQuarter>(static_cast<const X*>(p.z) + t * p.z_stride + j);
             }
 #pragma unroll
             for (int a = 0; a < A; ++a) {
@@ -215,9 +218,34 @@ struct Sums {
     }
 };
 
-// NT: tiles of 8 tokens. A: tokens that a lane fetches at once; 1 for very few.
+// The call for rows first .. first + most of x alone.
+template <class X>
+__device__ inline Params rows_of(const Params& all, int first, int most) {
+    Params p = all;
+    p.t = min(all.t - first, most);
+    p.x = static_cast<const X*>(all.x) + first * all.x_stride;
+    p.z = static_cast<const X*>(all.z) + first * all.z_stride;
+    const int64_t y = first * all.y_stride, state = first * all.conv.state_stride;
+    if (all.y_is_bf16) {
+        p.y = static_cast<bf16*>(all.y) + y;
+    } else {
+        p.y = static_cast<float*>(all.y) + y;
+    }
+    if (all.conv.slots != nullptr) {
+        p.conv.slots += first;
+    } else if (all.y_is_bf16) {
+        p.conv.state = static_cast<bf16*>(all.conv.state) + state;
+    } else {
+        p.conv.state = static_cast<float*>(all.conv.state) + state;
+    }
+    return p;
+}
+
+// NT: tiles of 8 tokens. blockIdx.y: which NT 8 tokens. A: tokens that a lane fetches at once; 1 for very
+// few.
 template <class X, int NT, int A, bool kGate>
-__global__ void __launch_bounds__(kThreads, A == 1 ? 3 : 2) Tiles(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, A == 1 ? 3 : 2) Tiles(const __grid_constant__ Params all) {
+    const Params p = rows_of<X>(all, static_cast<int>(blockIdx.y) * NT * kTileTokens, NT * kTileTokens);
     extern __shared__ __align__(16) unsigned char memory[];
     __shared__ Sums<NT> sums;
     allow_next();
@@ -282,8 +310,8 @@ int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Blocks of a cluster: as few as hold their part of x; more while multiprocessors are idle; twice as many
 // where the last turn is emptier with fewer.
-int64_t choose_ranks(const Params& p, int64_t least, int64_t multiprocessors) {
-    const int64_t runs = divided(p.i, kRun), slots = kBlocks * multiprocessors;
+int64_t choose_ranks(const Params& p, int64_t least, int64_t slots) {
+    const int64_t runs = divided(p.i, kRun);
     int64_t ranks = least;
     while (ranks < kMostCluster && p.tasks * ranks * 2 <= slots && runs > ranks * kWarps) ranks *= 2;
     const auto time = [&](int64_t r) {  // of all turns, in whole tiles times 8
@@ -308,13 +336,14 @@ bool launch(const Exec& ex, Params p) {
     int64_t least = std::max(1, NT * kTileTokens * kTileRows / kThreads);
     while (least < kMostCluster && runs > least * kWarps * most) least *= 2;
     if (runs > least * kWarps * most) return false;
-    const int64_t slots = kBlocks * ex.cuda->multiprocessors(),
-                  ranks = choose_ranks(p, least, ex.cuda->multiprocessors()),
+    const int64_t tokens = divided(p.t, NT * kTileTokens),
+                  slots = std::max<int64_t>(kBlocks * ex.cuda->multiprocessors() / tokens, 1),
+                  ranks = choose_ranks(p, least, slots),
                   blocks = std::min(p.tasks, std::max<int64_t>(slots / ranks, 1)) * ranks;
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tokens));
     const auto shared =
         static_cast<size_t>(kWarps * divided(runs, ranks * kWarps) * NT * kWarp) * sizeof(Bits);
-    launch_overlapped(ex, kOp, kernel,
-                      {static_cast<unsigned>(blocks), kThreads, shared, static_cast<unsigned>(ranks)}, p);
+    launch_overlapped(ex, kOp, kernel, {grid, kThreads, shared, static_cast<unsigned>(ranks)}, p);
     return true;
 }
 
@@ -328,8 +357,8 @@ bool choose(const Exec& ex, const Params& p) {
 }  // namespace
 
 bool tiles(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t < kFewestTokens || p.t > kMostTokens || p.groups > 1 || std::max(p.o, p.i) > kMostSide)
-        return false;
+    if (p.t < kFewestTokens || p.groups > 1 || std::max(p.o, p.i) > kMostSide) return false;
+    if (p.t > kMostTokens && (p.t > kMostGrouped || p.o * p.i > kMostGroupedSize)) return false;
     if (!x_is_bf16) return choose<float, false>(ex, p);  // z has the weight's type, and x's
     return p.gate == Gate::none ? choose<bf16, false>(ex, p) : choose<bf16, true>(ex, p);
 }

@@ -3,12 +3,15 @@
 // those too wide for registers, go through a plain loop.
 #include <algorithm>
 
+#include "ssm/core/cuda/launch.cuh"
 #include "ssm/ops/rms_norm/rms_norm_cuda.cuh"
 
 namespace ssm::cuda {
 namespace {
 
 using namespace rms_norm_detail;
+
+constexpr int64_t kStepRows = 512;  // of a step of decoding, at most
 
 // A thread's part of a row as it lies in memory.
 template <class X, class Y, bool kAdd, bool kGated, int N, int kValues, int kTeam>
@@ -64,6 +67,8 @@ __global__ void __launch_bounds__(kThreads, 2) Forward(const __grid_constant__ R
     const int64_t first = blockIdx.y * width, stride = static_cast<int64_t>(gridDim.x) * kTeams;
     const int64_t team = threadIdx.x / kTeam;
     int64_t row = static_cast<int64_t>(blockIdx.x) * kTeams + team;
+    allow_next();
+    wait_for_inputs();
     Row next;
     if (row < t) next.load(p, row, first, width);
     Pack<float, N> w[kPacks], v[kPacks], open[kGated ? kPacks : 1];
@@ -147,6 +152,8 @@ void forward(const Exec& ex, const RmsNormCall<X, Y>& p) {
             kAdd && sizeof(X) == 4 ? t : std::max<int64_t>(1, resident * ex.cuda->multiprocessors() / groups);
         const dim3 grid(static_cast<unsigned>(std::min<int64_t>(most, (t + kTeams - 1) / kTeams)),
                         static_cast<unsigned>(groups));
+        // A step's kernel is short, and begins before the one before it has ended.
+        if (t <= kStepRows) return launch_overlapped(ex, kOp, kernel, {grid, kThreads}, p);
         kernel<<<grid, kThreads, 0, stream_of(ex)>>>(p);
     };
     const bool packs = width % N == 0 && aligned(p.in.x, N) && aligned(p.in.z, N) && aligned(p.y, N) &&
