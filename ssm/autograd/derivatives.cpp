@@ -117,6 +117,7 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out
     linear(ctx.exec, x.value(), weight.value(), value_if<float, 1>(bias), y.value());
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
+            y.forget_value();
             const auto [gx, gw] = targets(ex, {x, weight});
             linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor, gw.template view<float>(),
                             grad_if<1>(ex, bias), {.x = gx.fresh, .weight = gw.fresh});
@@ -148,6 +149,7 @@ Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsN
     });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, z, y, rstd, options] {
+            y.forget_value();
             const auto [gx, gz] = targets(ex, {x, z});
             dispatch_norm(x.value().dtype(), y.value().dtype(), [&]<class X, class Y>() {
                 const RmsNormInputs<X, Y> in{x.value().view<const X, 2>(), value_if<float, 1>(weight),
@@ -181,6 +183,7 @@ Normed add_rms_norm(Ctx& ctx, const Var& residual, const Var& x, const Var& weig
     });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, residual, x, weight, sum, y, rstd, options] {
+            y.forget_value();
             const auto [total] = targets(ex, {sum});
             const bool rounded = x.requires_grad() && !x.has_grad() && x.grad_dtype() == y.grad_dtype();
             const Tensor branch = rounded ? x.grad_target(ex).tensor : Tensor();
@@ -233,6 +236,7 @@ Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Ac
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), x, weight, bias, activation, y, w, d, k] {
+            y.forget_value();
             const auto [gx] = targets(ex, {x});
             dispatch_activation(x.value().dtype(), "causal_conv1d", [&]<class T>() {
                 const CausalConv1dInputs<T> in{
@@ -298,6 +302,7 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
+            y.forget_value();
             const auto [u, delta, B, C, z] = targets(ex, {in.u, in.delta, in.B, in.C, in.z});
             dispatch_activation(y.value().dtype(), "selective_scan", [&]<class T>() {
                 selective_scan_backward<T>(ex, scan_inputs<T>(in, cu), chunk_states.view<const float, 3>(),
@@ -368,6 +373,7 @@ Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, SsdOption
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, s, y, chunk_states, options, t] {
+            y.forget_value();
             const int64_t d_last = in.D ? in.D.value().size() / s.h : 1;
             const Shape group{t, s.g, s.n}, heads{t, s.h, s.p};
             const auto [x, dt, B, C] = targets(ex, {in.x, in.dt, in.B, in.C});
@@ -432,11 +438,11 @@ Var add(Ctx& ctx, const Var& a, const Var& b) {
 Var multiply(Ctx& ctx, const Var& a, const Var& b) {
     const bool recording = ctx.recording({&a, &b});
     Var y = result(ctx, a.value().shape(), DType::f32, recording);
-    const auto va = a.value().view<const float, 2>(), vb = b.value().view<const float, 2>();
-    multiply(ctx.exec, va, vb, y.value().view<float, 2>());
+    const auto view = [](const Var& v) { return v.value().view<const float, 2>(); };
+    multiply(ctx.exec, view(a), view(b), y.value().view<float, 2>());
     if (recording) {
-        ctx.tape->record([&ex = ctx.exec, a, b, va, vb, y] {
-            multiply_backward(ex, va, vb, y.grad(ex).view<const float, 2>(), grad_if<2>(ex, a),
+        ctx.tape->record([&ex = ctx.exec, a, b, view, y] {
+            multiply_backward(ex, view(a), view(b), y.grad(ex).view<const float, 2>(), grad_if<2>(ex, a),
                               grad_if<2>(ex, b));
         });
     }

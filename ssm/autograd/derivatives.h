@@ -1,6 +1,6 @@
 // The table: one differentiable function per operator. Each calls the operator and, when the context has a
 // tape and an input wants a gradient, records the operator's backward. Shapes and equations: the operator's
-// header.
+// header. The backward lets the result's value go before it takes memory for gradients.
 #pragma once
 
 #include "ssm/autograd/tape.h"

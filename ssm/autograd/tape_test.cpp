@@ -286,7 +286,7 @@ TEST(Tape, RecomputedGivesTheSameGradients) {
     for (const bool recompute : {false, true}) {
         const Var x = variable({3, 4}, 1), w = variable({4, 4}, 2), norm = variable({4}, 3);
         Tape tape;
-        Ctx ctx{.exec = ex, .tape = &tape, .recompute = recompute};
+        Ctx ctx{.exec = ex, .tape = &tape, .recompute = recompute ? Recompute::layers : Recompute::none};
         std::vector<Var> stream{x, Var()};
         for (int layer = 0; layer < 2; ++layer) {
             stream = recomputed(ctx, stream, [&](Ctx& c, const std::vector<Var>& in) {
@@ -305,6 +305,56 @@ TEST(Tape, RecomputedGivesTheSameGradients) {
     EXPECT_GT(std::abs(gradients[0][0][0]), 1e-3);
     EXPECT_EQ(recorded[1], 2u);
     EXPECT_GT(recorded[0], 4u);
+}
+
+TEST(Var, ForgetsAValueAndItsSlicesAndTakesAnother) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros(ex, {64, 6}), true, DType::f32), slice = x.columns(1, 3);
+    const size_t before = ex.allocator->bytes_in_use();
+    x.forget_value();
+    EXPECT_LT(ex.allocator->bytes_in_use(), before);
+    EXPECT_EQ(slice.value().shape(), (Shape{64, 2}));
+    EXPECT_FALSE(x.value() || slice.value());
+    EXPECT_EQ(x.grad(ex).shape(), (Shape{64, 6}));
+    slice.add_grad(ex, Tensor::zeros(ex, {64, 2}));
+    std::vector<float> ramp(64 * 6);
+    for (size_t i = 0; i < ramp.size(); ++i) ramp[i] = static_cast<float>(i);
+    x.set_value(Tensor::from_floats({64, 6}, ramp));
+    EXPECT_EQ((slice.value().view<float, 2>()(2, 1)), 14.0f);
+    EXPECT_EQ(slice.value().raw(), x.value().raw() + sizeof(float));
+}
+
+// b = silu(a) is read by two functions and by slices; c = softplus(b) is remade from what is remade.
+TEST(Tape, RemadeGivesTheSameGradientsInLessMemory) {
+    std::vector<std::vector<float>> gradients[2];
+    size_t kept[2] = {};
+    int made = 0;
+    for (const bool cheap : {false, true}) {
+        const Exec ex = make_cpu_exec(1);
+        const Var a = variable({300, 4}, 1), w = variable({4, 4}, 2), v = variable({4, 2}, 3);
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape, .recompute = cheap ? Recompute::cheap : Recompute::none};
+        Var y;
+        {
+            const auto make_b = [&, a](Ctx& c) {
+                made += c.tape == nullptr;
+                return silu(c, a);
+            };
+            const Var b = make_b(ctx), c = softplus(ctx, b);
+            const Var d = multiply(ctx, linear(ctx, c, w, Var()), b);
+            y = linear(ctx, multiply(ctx, d.columns(0, 2), b.columns(2, 4)), v, Var());
+            remade(ctx, c, [b](Ctx& again) { return softplus(again, b); });
+            remade(ctx, b, make_b);
+            EXPECT_EQ(static_cast<bool>(b.value()), !cheap);
+        }
+        kept[cheap] = ex.allocator->bytes_in_use();
+        backward_from(ex, tape, y, Random(4).vector(1200));
+        for (const Var& p : {a, w, v}) gradients[cheap].push_back(values(p.grad(ex)));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_GT(std::abs(gradients[0][0][0]), 1e-3);
+    EXPECT_EQ(made, 1);
+    EXPECT_LE(kept[1] + 2 * 300 * 4 * sizeof(float), kept[0]);
 }
 
 // A state is carried in inference only: its gradient would be lost.

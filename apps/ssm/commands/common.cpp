@@ -28,6 +28,32 @@ Exec RunOptions::exec() const {
     return make_cpu_exec(threads);
 }
 
+void add_recompute(CLI::App& command, std::string& value) {
+    const CLI::Validator kind(
+        [](std::string& given) {
+            if (given.empty() || given == "true") given = "layers";
+            const bool known = given == "none" || given == "cheap" || given == "layers";
+            return known ? std::string() : given + " not in {none,cheap,layers}";
+        },
+        "{none,cheap,layers}");
+    command
+        .add_option(
+            "--recompute", value,
+            "What a training step on a GPU computes again in its backward pass, for less memory: cheap "
+            "(the default there) what costs little, layers (also without a value) nearly all")
+        ->expected(0, 1)
+        ->transform(kind);
+}
+
+Recompute recompute_of(const std::string& value, Device device) {
+    if (device == Device::cpu) {
+        require(value.empty() || value == "none", "train", "--recompute is for --device cuda");
+        return Recompute::none;
+    }
+    if (value == "none") return Recompute::none;
+    return value == "layers" ? Recompute::layers : Recompute::cheap;
+}
+
 std::filesystem::path shipped_model() {
     namespace fs = std::filesystem;
     constexpr const char* kName = "models/stories";

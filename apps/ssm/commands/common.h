@@ -26,6 +26,11 @@ struct RunOptions {
     DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
 };
 
+// --recompute [none|cheap|layers] of commands that train; without a value it means layers.
+void add_recompute(CLI::App& command, std::string& value);
+// Where the option was not given: cheap on a GPU, none on the CPU, which has no other.
+Recompute recompute_of(const std::string& value, Device device);
+
 // The model that ships with the program: beside the sources or under share/ssm of the installation. Throws
 // when neither is there.
 std::filesystem::path shipped_model();
