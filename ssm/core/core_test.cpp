@@ -106,9 +106,12 @@ TEST(Allocator, WithholdsWhatWasTaken) {
     constexpr size_t kMiB = size_t{1} << 20;
     Pieced a;
     size_t c = 0, small = 0;
+    std::byte* const before = a.take(2 * kMiB, c);
+    a.give(before, c);
+    a.start_withholding();  // lets that go
+    EXPECT_EQ(a.reserved_bytes(), 0u);
     std::byte* const whole = a.take(10 * kMiB, c);
     a.give(whole, c);
-    a.start_withholding();
     for (const size_t at : {size_t{4}, size_t{6}}) {  // the first 4 MiB, then the first 6
         std::byte* const p = a.take(at * kMiB, c);
         EXPECT_EQ(p, whole);
@@ -119,17 +122,20 @@ TEST(Allocator, WithholdsWhatWasTaken) {
     a.give(little, small);
     std::byte* const after = a.take(kMiB, c);
     a.give(after, c);
-    std::vector<Allocator::Block> mine = a.stop_withholding();  // 7 MiB, of which 6 are in use
+    std::vector<Allocator::Block> mine = a.stop_withholding();  // 10 MiB, of which 6 are in use
     EXPECT_EQ(after, whole + 6 * kMiB);
-    EXPECT_EQ(a.bytes_in_use(), 7 * kMiB + small);
-    EXPECT_EQ(a.take(3 * kMiB, c), whole + 7 * kMiB);
-    a.give(whole + 7 * kMiB, c);
+    EXPECT_EQ(a.bytes_in_use(), 10 * kMiB + small);
+    std::byte* const other = a.take(3 * kMiB, c);
+    EXPECT_EQ(a.reserved_bytes(), 13 * kMiB + small);
+    a.give(other, c);
     a.give(kept, 6 * kMiB);
+    EXPECT_EQ(a.take(6 * kMiB, c), whole);  // what it did not give back was not withheld
+    a.give(whole, c);
     a.give_back(mine);
     EXPECT_EQ(a.bytes_in_use(), 0u);
     EXPECT_EQ(a.take(10 * kMiB, c), whole);
     a.give(whole, c);
-    EXPECT_EQ(a.reserved_bytes(), 10 * kMiB + small);
+    EXPECT_EQ(a.reserved_bytes(), 13 * kMiB + small);
 }
 
 TEST(ParallelFor, CoversEveryIndexOnceOnAnyThreadCount) {
