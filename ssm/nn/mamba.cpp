@@ -53,7 +53,8 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
         B = rms_norm(ctx, B, Var(), Var(), options, DType::f32);
         C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
     }
-    delta = dt_proj_.forward_no_bias(ctx, delta);  // its bias goes through the scan's softplus
+    delta =
+        dt_proj_.forward_no_bias(ctx, delta, ctx.activation);  // its bias goes through the scan's softplus
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},
                                  s != nullptr ? &s->ssm : nullptr);
