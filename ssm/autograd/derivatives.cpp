@@ -258,7 +258,7 @@ namespace {
 template <class T>
 SelectiveScanInputs<T> scan_inputs(const SelectiveScanVars& in, CuSeqlens cu) {
     return {in.u.value().view<const T, 2>(),
-            in.delta.value().view<const float, 2>(),
+            in.delta.value().view<const T, 2>(),
             in.A.value().view<const float, 2>(),
             in.B.value().view<const float, 2>(),
             in.C.value().view<const float, 2>(),
@@ -308,7 +308,7 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
                 selective_scan_backward<T>(ex, scan_inputs<T>(in, cu), chunk_states.view<const float, 3>(),
                                            y.grad(ex).view<const T, 2>(), {},
                                            {u.template view<T>(),
-                                            delta.template view<float>(),
+                                            delta.template view<T>(),
                                             grad_if<2>(ex, in.A),
                                             B.template view<float>(),
                                             C.template view<float>(),

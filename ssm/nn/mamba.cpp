@@ -53,12 +53,13 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
         C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
     }
     const Var low = delta;
-    delta = dt_proj_.forward_no_bias(ctx, low);  // its bias goes through the scan's softplus
+    delta = dt_proj_.forward_no_bias(ctx, low, ctx.activation);  // its bias goes through the scan's softplus
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},
                                  s != nullptr ? &s->ssm : nullptr);
     if (!ctx.inference()) A_ = Var();
-    remade(ctx, delta, [this, low](Ctx& again) { return dt_proj_.forward_no_bias(again, low); });
+    remade(ctx, delta,
+           [this, low](Ctx& again) { return dt_proj_.forward_no_bias(again, low, again.activation); });
     remade(ctx, x, [this, xz](Ctx& again) { return convolved(again, xz.columns(0, config_.d), nullptr); });
     return out_proj_.forward(ctx, y, ctx.branch());
 }

@@ -9,7 +9,9 @@
 // Shapes     x, z, y: [t d] of T (f32 or bf16)   dbc: [t r+2n] f32   dt_weight: [d r] f32 or bf16
 //            dt_bias, D: [d] f32 or absent   A: [d n] f32   state: [t d n] f32, with slots [any d n].
 //            Rows may be strided. `y` may be `x` or `z`.
-// Numerics   f32; delta is rounded to a bf16 dt_weight's type where the operators run one after another.
+// Numerics   f32; where the operators run one after another the low rank is rounded to a bf16 dt_weight's
+// type, and
+//            W_dt delta to x's.
 // Cost       8 t d n bytes of state and d r of dt_weight: bandwidth bound; t n d exponentials.
 // GPU        one kernel; else selective_scan_step after linear. dt_weight, A, D and dt_bias must not have
 // been

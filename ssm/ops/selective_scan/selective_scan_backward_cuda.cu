@@ -69,8 +69,7 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
     const int channel = Shape::channel();
     if (c.d0 + channel >= p.u.shape[1]) return;
     float2 gu[Shape::kTwos], gdelta[Shape::kTwos], gz[Shape::kTwos];
-    PairTile<T, K, S> us, zs, grads;  // read again: kept, they would cost a block its registers
-    PairTile<float, K, S> deltas;
+    PairTile<T, K, S> us, zs, deltas, grads;  // read again: kept, they would cost a block its registers
     us.load(p.u, t0, count, c), zs.load(p.z, t0, count, c);
     deltas.load(p.delta, t0, count, c), grads.load(p.grad_y, t0, count, c);
     const bool gated = p.z.data != nullptr;
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
         float2 dt[Shape::kTwos], g[Shape::kTwos];
-        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
+        steps_of<T, K, S>(dt, x.delta, bias, p.softplus, count);
         x.gradients(g, p.z.data != nullptr, inside, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
