@@ -118,9 +118,22 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
             y.forget_value();
-            const auto [gx, gw] = targets(ex, {x, weight});
-            linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor, gw.template view<float>(),
-                            grad_if<1>(ex, bias), {.x = gx.fresh, .weight = gw.fresh});
+            if (x.value()) {
+                const auto [gx, gw] = targets(ex, {x, weight});
+                linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor,
+                                gw.template view<float>(), grad_if<1>(ex, bias),
+                                {.x = gx.fresh, .weight = gw.fresh});
+                return;
+            }
+            // x comes once more from its own backward pass, which wants its gradient first.
+            const auto [gx] = targets(ex, {x});
+            linear_backward(ex, y.grad(ex), gx.tensor, weight.value(), gx.tensor, {}, grad_if<1>(ex, bias),
+                            {.x = gx.fresh});
+            x.when_there([&ex, weight, y](const Tensor& again) {
+                const auto [gw] = targets(ex, {weight});
+                linear_backward(ex, y.grad(ex), again, weight.value(), {}, gw.template view<float>(), {},
+                                {.weight = gw.fresh});
+            });
         });
     }
     return y;
@@ -302,26 +315,36 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
+            const bool again = !y.value();
+            const Tensor grad_y = y.grad(ex);
             y.forget_value();
             const auto [u, delta, B, C, z] = targets(ex, {in.u, in.delta, in.B, in.C, in.z});
             dispatch_activation(y.value().dtype(), "selective_scan", [&]<class T>() {
+                SelectiveScanGradients<T> grad{u.template view<T>(),
+                                               delta.template view<T>(),
+                                               grad_if<2>(ex, in.A),
+                                               B.template view<float>(),
+                                               C.template view<float>(),
+                                               grad_if<1>(ex, in.D),
+                                               z.template view<T>(),
+                                               grad_if<1>(ex, in.delta_bias),
+                                               {},
+                                               {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}};
+                if (again) grad.y = grad_y.view<T, 2>();  // in its place
                 selective_scan_backward<T>(ex, scan_inputs<T>(in, cu), chunk_states.view<const float, 3>(),
-                                           y.grad(ex).view<const T, 2>(), {},
-                                           {u.template view<T>(),
-                                            delta.template view<T>(),
-                                            grad_if<2>(ex, in.A),
-                                            B.template view<float>(),
-                                            C.template view<float>(),
-                                            grad_if<1>(ex, in.D),
-                                            z.template view<T>(),
-                                            grad_if<1>(ex, in.delta_bias),
-                                            {},
-                                            {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}},
-                                           options);
+                                           grad_y.view<const T, 2>(), {}, grad, options);
             });
+            if (again) {
+                y.clear_grad();
+                y.set_value(grad_y);
+            }
         });
     }
     return y;
+}
+
+void forget_scanned(Ctx& ctx, const Var& y) {
+    if (ctx.exec.device != Device::cpu && ctx.recording({&y})) y.forget_value();
 }
 
 namespace {

@@ -40,6 +40,9 @@ struct SelectiveScanVars {
 };
 Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
                    const SelectiveScanOptions& options = {});
+// Behind the linear function that reads a scan's result y: a GPU need not keep it, because the scan's
+// backward pass gives it once more. The linear's gradient of the weight waits for that.
+void forget_scanned(Ctx& ctx, const Var& y);
 
 // SSD. x [t h*p], dt [t h], B, C [t g*n] as slices of one projection; A, dt_bias [h]; D [h] or [h*p].
 struct SsdVars {

@@ -103,6 +103,7 @@ Var Var::columns(int64_t begin, int64_t end) const {
                                                    root,
                                                    node_->begin + begin,
                                                    {},
+                                                   {},
                                                    {}});
     root->slices.push_back(slice);
     return Var(slice);
@@ -115,6 +116,14 @@ void Var::set_value(Tensor value) const {
         if (!slice) continue;
         slice->value = node_->value.columns(slice->begin, slice->begin + slice->value.dim(1));
     }
+    const auto waiting = std::move(node_->waiting);
+    node_->waiting.clear();
+    for (const auto& f : waiting) f(node_->value);
+}
+
+void Var::when_there(std::function<void(const Tensor&)> f) const {
+    if (value()) return f(value());
+    node_->waiting.push_back(std::move(f));
 }
 
 void Var::forget_value() const {

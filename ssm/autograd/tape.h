@@ -19,8 +19,8 @@ class Var {
 public:
     Var() = default;  // absent optional argument: `if (!var)`
     explicit Var(Tensor value, bool requires_grad = false, DType grad = DType::f32)
-        : node_(std::make_shared<Node>(Node{std::move(value), {}, grad, requires_grad, nullptr, 0, {}, {}})) {
-    }
+        : node_(std::make_shared<Node>(
+              Node{std::move(value), {}, grad, requires_grad, nullptr, 0, {}, {}, {}})) {}
 
     explicit operator bool() const { return node_ != nullptr; }
     const Tensor& value() const { return node_->value; }
@@ -42,6 +42,10 @@ public:
         bool fresh;
     };
     GradTarget grad_target(const Exec& ex) const;
+    // Calls `f` with the value now or, where it is forgotten, when there is one again: a function whose
+    // backward pass gives its result once more runs behind those that read it.
+    void when_there(std::function<void(const Tensor&)> f) const;
+
     // Drops the buffer (Tape::backward does so for what it has used up) or puts another in its place.
     void clear_grad() const { set_grad({}); }
     void set_grad(Tensor grad) const {
@@ -68,6 +72,7 @@ private:
         int64_t begin;
         std::vector<Range> unset;  // columns of grad that hold no gradient yet
         std::vector<std::weak_ptr<Node>> slices;
+        std::vector<std::function<void(const Tensor&)>> waiting;  // for the value
     };
     Node& root() const { return node_->parent ? *node_->parent : *node_; }
     Range range() const;  // this slice's columns of the root

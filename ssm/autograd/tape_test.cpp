@@ -357,6 +357,25 @@ TEST(Tape, RemadeGivesTheSameGradientsInLessMemory) {
     EXPECT_LE(kept[1] + 2 * 300 * 4 * sizeof(float), kept[0]);
 }
 
+// A linear whose input comes once more only behind its own backward function.
+TEST(Tape, AWeightsGradientWaitsForItsInput) {
+    const Exec ex = make_cpu_exec(1);
+    std::vector<std::vector<float>> gradients[2];
+    for (const bool late : {false, true}) {
+        const Var a = variable({5, 4}, 1), w = variable({3, 4}, 2), bias = variable({3}, 3);
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape};
+        const Var x = silu(ctx, a);
+        if (late) tape.record([x, value = x.value().clone()] { x.set_value(value); });
+        const Var y = linear(ctx, x, w, bias);
+        if (late) x.forget_value();
+        backward_from(ex, tape, y, Random(4).vector(15));
+        for (const Var& v : {a, w, bias}) gradients[late].push_back(values(v.grad(ex)));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_GT(std::abs(gradients[0][1][0]), 1e-3);
+}
+
 // A state is carried in inference only: its gradient would be lost.
 TEST(Derivatives, StateNeedsInference) {
     const Exec ex = make_cpu_exec(1);

@@ -61,7 +61,9 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     remade(ctx, delta,
            [this, low](Ctx& again) { return dt_proj_.forward_no_bias(again, low, again.activation); });
     remade(ctx, x, [this, xz](Ctx& again) { return convolved(again, xz.columns(0, config_.d), nullptr); });
-    return out_proj_.forward(ctx, y, ctx.branch());
+    const Var out = out_proj_.forward(ctx, y, ctx.branch());
+    forget_scanned(ctx, y);
+    return out;
 }
 
 Var MambaMixer::convolved(Ctx& ctx, const Var& x, Tensor* state) const {

@@ -76,11 +76,13 @@ struct SelectiveScanGradients {
     View<float, 1> delta_bias;
     View<float, 3> initial_state;
     SelectiveScanSet set = {};
+    View<T, 2> y = {};  // on a GPU: y once more, written; it may lie where grad_y does
 };
 
 // The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent.
 // The states inside a chunk are recomputed from chunk_states. The result does not depend on timing. T is f32,
-// on a GPU bf16 too. No gradient may alias an input or grad_y.
+// on a GPU bf16 too. No gradient may alias an input or grad_y. y differs from the
+// forward pass's by the rounding of its sums.
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
                              View<const float, 3> chunk_states, View<const T, 2> grad_y,

@@ -22,6 +22,7 @@ struct BackwardParams {
     const float* states;    // [tiles d n]: entering each tile of kTile tokens
     const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
     View<T, 2> grad_u, grad_delta, grad_z;
+    View<T, 2> y;  // absent, or once more
     SelectiveScanSet set;
     float* grad_initial;  // [s d n]
     // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of

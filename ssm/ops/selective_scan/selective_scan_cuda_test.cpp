@@ -78,9 +78,10 @@ public:
         grad.initial_state = initial.view<float, 3>();
         View<const float, 3> grad_final;
         if (c_.flags.final_gradient) grad_final = grad_final_.view<const float, 3>();
-        selective_scan_backward<T>(ex_, inputs(), states_.view<const float, 3>(),
-                                   window(grad_y_, c_.d).template view<const T, 2>(), grad_final, grad,
-                                   c_.options);
+        const Tensor y = grad_y_.clone(), wy = window(y, c_.d);
+        if (ex_.device != Device::cpu) grad.y = wy.view<T, 2>();  // over grad_y
+        selective_scan_backward<T>(ex_, inputs(), states_.view<const float, 3>(), wy.view<const T, 2>(),
+                                   grad_final, grad, c_.options);
         Results all{{"u", floats<T>(u)},
                     {"delta", floats<T>(delta)},
                     {"z", floats<T>(z)},
@@ -91,6 +92,15 @@ public:
                     {"delta_bias", floats<float>(bias)},
                     {"initial_state", floats<float>(initial)}};
         for (auto& [name, values] : all) values = test::added(values);
+        all["y"] = floats<T>(y);
+        const std::vector<float> around = floats<T>(grad_y_);
+        const int64_t lead = c_.pad > 0 ? 1 : 0;
+        for (int64_t i = 0; i < t_ * wide; ++i) {  // between its rows nothing has changed
+            if (i % wide >= lead && i % wide < lead + c_.d) continue;
+            float& x = all["y"][static_cast<size_t>(i)];
+            EXPECT_EQ(x, around[static_cast<size_t>(i)]);
+            x = NAN;
+        }
         return all;
     }
     // Every token by a step; the rows of `inputs` are sequences, so all lengths must be equal.
@@ -199,8 +209,11 @@ void check(const Case& c) {
                                     << static_cast<int>(c.options.time_parallel));
     Problem<float, T> here(cpu_exec(), c);
     Problem<T> there(test::cuda_exec(), c);
-    compare<T>(there.forward(), here.forward());
-    compare<T>(there.backward(), here.backward());
+    const Results y = here.forward();
+    compare<T>(there.forward(), y);
+    Results gradients = here.backward();
+    gradients["y"] = y.at("y");
+    compare<T>(there.backward(), gradients);
 }
 
 template <class T>
