@@ -22,6 +22,7 @@ namespace {
 
 struct Options {
     RunOptions run;
+    StateOptions states;
     std::string model, shape, config;
     int64_t prompt = 512, generate = 128, depth = 0, train_length = 0, train_batch = 4;
     std::string recompute;
@@ -137,9 +138,9 @@ Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
 }
 
 // Greedy steps of b sequences that have read `depth` tokens each; the host waits once, at the end.
-Test decode_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t t, int64_t depth) {
+Test decode_test(const Exec& ex, LanguageModel& model, DType states, int64_t b, int64_t t, int64_t depth) {
     const auto elements = static_cast<double>(model.matrix_elements()), batch = static_cast<double>(b);
-    auto decoder = std::make_shared<Decoder>(ex, model, b);
+    auto decoder = std::make_shared<Decoder>(ex, model, b, states);
     const double step_bytes = elements * static_cast<double>(size_of(model.dtype())) +
                               2.0 * batch * static_cast<double>(decoder->state_bytes_per_slot());
     std::vector<int32_t> slots;
@@ -249,7 +250,10 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
         {"peak_gigabytes", static_cast<double>(memory) * 1e-9},
         {"reserved_gigabytes", static_cast<double>(reserved) * 1e-9},
         {"tokens_per_second_best", static_cast<double>(test.tokens) / *std::ranges::min_element(seconds)}};
-    if (test.steps > 0) result["milliseconds_per_step"] = 1e3 * time / static_cast<double>(test.steps);
+    if (test.steps > 0) {
+        result["state_dtype"] = o.states.dtype;
+        result["milliseconds_per_step"] = 1e3 * time / static_cast<double>(test.steps);
+    }
     if (floor > 0) result["percent_of_floor"] = 100 * floor / time;
     if (!bandwidth.empty())
         result[ex.device == Device::cpu ? "read_gigabytes_per_second" : "copy_gigabytes_per_second"] =
@@ -270,7 +274,8 @@ void run(const Options& o) {
     } else {
         if (o.prompt > 0) tests.push_back(prefill_test(ex, *model, o.prompt));
         for (const int64_t b : o.batches)
-            if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate, o.depth));
+            if (o.generate > 0)
+                tests.push_back(decode_test(ex, *model, o.states.type(), b, o.generate, o.depth));
     }
     GpuRates gpu;
     nlohmann::ordered_json results = nlohmann::ordered_json::array();
@@ -283,9 +288,11 @@ void run(const Options& o) {
                                : std::string();
             const std::string where =
                 ex.device == Device::cpu ? fmt::format("{} threads", ex.threads) : std::string("cuda");
+            const std::string type =
+                o.run.dtype + (test.steps > 0 && o.states.type() == DType::bf16 ? ", bf16 states" : "");
             std::printf("%-12s %10.1f tokens/s   %s%.1f %% of the floor   (%s, %s, median of %d)\n",
                         test.name.c_str(), r["tokens_per_second"].get<double>(), step.c_str(),
-                        r["percent_of_floor"].get<double>(), where.c_str(), o.run.dtype.c_str(), o.repeats);
+                        r["percent_of_floor"].get<double>(), where.c_str(), type.c_str(), o.repeats);
             std::fflush(stdout);
         }
     }
@@ -326,6 +333,7 @@ void add_bench(CLI::App& app) {
     c->add_option("--repeats", o->repeats, "Measurements; the median counts")
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();
+    o->states.add_to(*c);
     o->run.add_to(*c);
     c->callback([o] { run(*o); });
 }

@@ -31,6 +31,14 @@ void add_recompute(CLI::App& command, std::string& value);
 // Where the option was not given: cheap on a GPU, none on the CPU, which has no other.
 Recompute recompute_of(const std::string& value, Device device);
 
+// --state-dtype: what a decoder keeps its states as.
+struct StateOptions {
+    std::string dtype = "f32";
+
+    void add_to(CLI::App& command);
+    DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
+};
+
 // The model that ships with the program: beside the sources or under share/ssm of the installation. Throws
 // when neither is there.
 std::filesystem::path shipped_model();

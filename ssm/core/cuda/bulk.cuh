@@ -1,0 +1,47 @@
+// Copies from global to shared memory that one thread asks for and the copy unit makes (TMA without a
+// tensor map), and the barriers in shared memory that say when they are there. Included by .cu files only.
+#pragma once
+
+#include <cstdint>
+
+namespace ssm::cuda {
+
+__device__ inline uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// One thread, before a __syncthreads() that comes before the barrier's first use.
+__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+                 : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Until the barrier's phase of this parity (0 at first) is over.
+__device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
+    uint32_t done = 0;
+    while (done == 0) {
+        asm volatile(
+            "{\n\t.reg .pred over;\n\t"
+            "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
+            "selp.u32 %0, 1, 0, over;\n\t}"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
+    }
+}
+
+// An arrival that counts once the bytes are there. Addresses and bytes are multiples of 16.
+__device__ inline void fetch_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+}  // namespace ssm::cuda
