@@ -118,14 +118,15 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
             y.forget_value();
-            if (x.value()) {
+            if (x.value() && (!x.requires_grad() || x.value().dtype() == x.grad_dtype())) {
                 const auto [gx, gw] = targets(ex, {x, weight});
                 linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor,
                                 gw.template view<float>(), grad_if<1>(ex, bias),
                                 {.x = gx.fresh, .weight = gw.fresh});
                 return;
             }
-            // x comes once more from its own backward pass, which wants its gradient first.
+            // x comes once more from its own backward pass, which wants its gradient first; or it is rounded
+            // and its gradient is not.
             const auto [gx] = targets(ex, {x});
             linear_backward(ex, y.grad(ex), gx.tensor, weight.value(), gx.tensor, {}, grad_if<1>(ex, bias),
                             {.x = gx.fresh});
@@ -137,6 +138,13 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out
         });
     }
     return y;
+}
+
+Var rounded(Ctx& ctx, const Var& x) {
+    if (x.value().dtype() == ctx.activation) return x;
+    const Tensor copy = Tensor::empty(ctx.exec, x.value().shape(), ctx.activation);
+    cast(ctx.exec, x.value().view<const float, 2>(), copy.view<bf16, 2>());
+    return x.with_value(copy);
 }
 
 namespace {
@@ -484,9 +492,11 @@ Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, const T
         // One pass gives the loss and its gradients: that of hidden waits here until backward runs, that of
         // the weight is added now.
         const Tensor grad_hidden = Tensor::empty(ctx.exec, hidden.value().shape(), hidden.grad_dtype());
+        const auto [gw] = ssm::targets(ctx.exec, {weight});
+        if (t == 0 && gw.fresh) gw.tensor.fill_zero();
         linear_cross_entropy_backward(ctx.exec, hidden.value(), weight.value(), ids,
                                       weights.view<const float, 1>(), nll.view<float, 1>(), grad_hidden,
-                                      grad_if<2>(ctx.exec, weight), true);
+                                      gw.template view<float>(), {.hidden = true, .weight = gw.fresh});
         ctx.tape->record([&ex = ctx.exec, hidden, grad_hidden] {
             if (hidden.requires_grad()) hidden.take_grad(ex, grad_hidden);
         });

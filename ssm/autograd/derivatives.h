@@ -15,6 +15,9 @@ namespace ssm {
 // ids [t] i32, on the context's device -> [t e] f32
 Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight);
 
+// x in the activations' type, once for several products; its gradient stays x's, in x's type.
+Var rounded(Ctx& ctx, const Var& x);
+
 // [t i] -> [t o] of `out`; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
 Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out = DType::f32);
 

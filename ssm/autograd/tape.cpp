@@ -50,13 +50,16 @@ Tensor Var::grad(const Exec& ex) const {
     return slice_of_grad();
 }
 
+void Var::unset_grad(const Exec& ex) const {
+    Node& r = root();
+    if (!r.grad) r.grad = Tensor::empty(ex, r.value.shape(), r.grad_dtype);
+    r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
+}
+
 Var::GradTarget Var::grad_target(const Exec& ex) const {
     Node& r = root();
     const Range own = range();
-    if (!r.grad) {
-        r.grad = Tensor::empty(ex, r.value.shape(), r.grad_dtype);
-        r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
-    }
+    if (!r.grad) unset_grad(ex);
     for (Range& u : r.unset) {
         if (own.begin < u.begin || u.end < own.end) continue;
         const Range after{own.end, u.end};
@@ -107,6 +110,18 @@ Var Var::columns(int64_t begin, int64_t end) const {
                                                    {}});
     root->slices.push_back(slice);
     return Var(slice);
+}
+
+Var Var::with_value(Tensor value) const {
+    return Var(std::make_shared<Node>(Node{std::move(value),
+                                           {},
+                                           node_->grad_dtype,
+                                           node_->requires_grad,
+                                           node_->parent ? node_->parent : node_,
+                                           node_->begin,
+                                           {},
+                                           {},
+                                           {}}));
 }
 
 void Var::set_value(Tensor value) const {

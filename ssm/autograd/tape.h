@@ -46,6 +46,13 @@ public:
     // backward pass gives its result once more runs behind those that read it.
     void when_there(std::function<void(const Tensor&)> f) const;
 
+    // The buffer, made or not, holds nothing: the first that adds to it sets it. What stays where it is, a
+    // parameter's gradient, need not be zeroed before a step.
+    void unset_grad(const Exec& ex) const;
+    // Another value, of the same shape and perhaps rounded, with this one's gradient. Not kept in step with
+    // set_value and forget_value.
+    Var with_value(Tensor value) const;
+
     // Drops the buffer (Tape::backward does so for what it has used up) or puts another in its place.
     void clear_grad() const { set_grad({}); }
     void set_grad(Tensor grad) const {

@@ -52,7 +52,7 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
         B = rms_norm(ctx, B, Var(), Var(), options, DType::f32);
         C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
     }
-    const Var low = delta;
+    const Var low = ctx.recording({&delta}) ? rounded(ctx, delta) : delta;  // once for three products
     delta = dt_proj_.forward_no_bias(ctx, low, ctx.activation);  // its bias goes through the scan's softplus
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},

@@ -37,20 +37,20 @@ Exec RunOptions::exec() const {
 }
 
 void add_recompute(CLI::App& command, std::string& value) {
-    const CLI::Validator kind(
-        [](std::string& given) {
-            if (given.empty() || given == "true") given = "layers";
-            const bool known = given == "none" || given == "cheap" || given == "layers";
-            return known ? std::string() : given + " not in {none,cheap,layers}";
-        },
-        "{none,cheap,layers}");
+    // A check does not see that there is no value.
+    const CLI::callback_t set = [&value](const CLI::results_t& given) {
+        value = given.empty() || given[0].empty() ? "layers" : given[0];
+        return true;
+    };
     command
         .add_option(
-            "--recompute", value,
+            "--recompute", set,
             "What a training step on a GPU computes again in its backward pass, for less memory: cheap "
-            "(the default there) what costs little, layers (also without a value) nearly all")
-        ->expected(0, 1)
-        ->transform(kind);
+            "(the default there) what costs little, layers (also without a value) nearly all; none is "
+            "fastest")
+        ->type_name("[none|cheap|layers]")
+        ->check(CLI::IsMember({"none", "cheap", "layers"}))
+        ->expected(0, 1);
 }
 
 Recompute recompute_of(const std::string& value, Device device) {
