@@ -98,6 +98,35 @@ TEST(Var, FreshTargetsAreSetOnceAndTheRestIsZero) {
     EXPECT_FALSE(left.grad_target(ex).fresh);
 }
 
+TEST(Var, AnUnsetGradientIsSetInItsPlace) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros({2, 3}), true);
+    const Tensor buffer = x.grad(ex);
+    std::fill_n(buffer.data<float>(), 6, 7.0f);
+    x.unset_grad(ex);
+    const Var::GradTarget target = x.grad_target(ex);
+    EXPECT_TRUE(target.fresh);
+    EXPECT_EQ(target.tensor.raw(), buffer.raw());
+    EXPECT_FALSE(x.grad_target(ex).fresh);
+    EXPECT_EQ(buffer.data<float>()[5], 7.0f);  // the first that adds sets it
+    x.unset_grad(ex);
+    EXPECT_EQ(x.grad(ex).raw(), buffer.raw());
+    for (int i = 0; i < 6; ++i) EXPECT_EQ(buffer.data<float>()[i], 0.0f);
+}
+
+TEST(Var, AnotherValueHasTheSameGradient) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros({2, 3}), true), slice = x.columns(1, 3);
+    const Tensor other = Tensor::zeros({2, 2}, DType::bf16);
+    const Var twin = slice.with_value(other);
+    EXPECT_EQ(twin.value().raw(), other.raw());
+    EXPECT_EQ(twin.grad_dtype(), DType::f32);
+    EXPECT_TRUE(twin.grad_target(ex).fresh);
+    EXPECT_EQ(twin.grad(ex).raw(), slice.grad(ex).raw());
+    slice.forget_value();
+    EXPECT_EQ(twin.value().raw(), other.raw());
+}
+
 TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
     const Exec ex = make_cpu_exec(1);
     Tape tape;
