@@ -117,12 +117,34 @@ Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out
     linear(ctx.exec, x.value(), weight.value(), value_if<float, 1>(bias), y.value());
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, bias, y] {
-            const auto [gx, gw] = targets(ex, {x, weight});
-            linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor, gw.template view<float>(),
-                            grad_if<1>(ex, bias), {.x = gx.fresh, .weight = gw.fresh});
+            y.forget_value();
+            if (x.value() && (!x.requires_grad() || x.value().dtype() == x.grad_dtype())) {
+                const auto [gx, gw] = targets(ex, {x, weight});
+                linear_backward(ex, y.grad(ex), x.value(), weight.value(), gx.tensor,
+                                gw.template view<float>(), grad_if<1>(ex, bias),
+                                {.x = gx.fresh, .weight = gw.fresh});
+                return;
+            }
+            // x comes once more from its own backward pass, which wants its gradient first; or it is rounded
+            // and its gradient is not.
+            const auto [gx] = targets(ex, {x});
+            linear_backward(ex, y.grad(ex), gx.tensor, weight.value(), gx.tensor, {}, grad_if<1>(ex, bias),
+                            {.x = gx.fresh});
+            x.when_there([&ex, weight, y](const Tensor& again) {
+                const auto [gw] = targets(ex, {weight});
+                linear_backward(ex, y.grad(ex), again, weight.value(), {}, gw.template view<float>(), {},
+                                {.weight = gw.fresh});
+            });
         });
     }
     return y;
+}
+
+Var rounded(Ctx& ctx, const Var& x) {
+    if (x.value().dtype() == ctx.activation) return x;
+    const Tensor copy = Tensor::empty(ctx.exec, x.value().shape(), ctx.activation);
+    cast(ctx.exec, x.value().view<const float, 2>(), copy.view<bf16, 2>());
+    return x.with_value(copy);
 }
 
 namespace {
@@ -148,6 +170,7 @@ Var rms_norm(Ctx& ctx, const Var& x, const Var& weight, const Var& z, const RmsN
     });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, x, weight, z, y, rstd, options] {
+            y.forget_value();
             const auto [gx, gz] = targets(ex, {x, z});
             dispatch_norm(x.value().dtype(), y.value().dtype(), [&]<class X, class Y>() {
                 const RmsNormInputs<X, Y> in{x.value().view<const X, 2>(), value_if<float, 1>(weight),
@@ -181,6 +204,7 @@ Normed add_rms_norm(Ctx& ctx, const Var& residual, const Var& x, const Var& weig
     });
     if (recording) {
         ctx.tape->record([&ex = ctx.exec, residual, x, weight, sum, y, rstd, options] {
+            y.forget_value();
             const auto [total] = targets(ex, {sum});
             const bool rounded = x.requires_grad() && !x.has_grad() && x.grad_dtype() == y.grad_dtype();
             const Tensor branch = rounded ? x.grad_target(ex).tensor : Tensor();
@@ -233,6 +257,7 @@ Var causal_conv1d(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, Ac
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), x, weight, bias, activation, y, w, d, k] {
+            y.forget_value();
             const auto [gx] = targets(ex, {x});
             dispatch_activation(x.value().dtype(), "causal_conv1d", [&]<class T>() {
                 const CausalConv1dInputs<T> in{
@@ -254,7 +279,7 @@ namespace {
 template <class T>
 SelectiveScanInputs<T> scan_inputs(const SelectiveScanVars& in, CuSeqlens cu) {
     return {in.u.value().view<const T, 2>(),
-            in.delta.value().view<const float, 2>(),
+            in.delta.value().view<const T, 2>(),
             in.A.value().view<const float, 2>(),
             in.B.value().view<const float, 2>(),
             in.C.value().view<const float, 2>(),
@@ -298,25 +323,36 @@ Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, y, chunk_states, options] {
+            const bool again = !y.value();
+            const Tensor grad_y = y.grad(ex);
+            y.forget_value();
             const auto [u, delta, B, C, z] = targets(ex, {in.u, in.delta, in.B, in.C, in.z});
             dispatch_activation(y.value().dtype(), "selective_scan", [&]<class T>() {
+                SelectiveScanGradients<T> grad{u.template view<T>(),
+                                               delta.template view<T>(),
+                                               grad_if<2>(ex, in.A),
+                                               B.template view<float>(),
+                                               C.template view<float>(),
+                                               grad_if<1>(ex, in.D),
+                                               z.template view<T>(),
+                                               grad_if<1>(ex, in.delta_bias),
+                                               {},
+                                               {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}};
+                if (again) grad.y = grad_y.view<T, 2>();  // in its place
                 selective_scan_backward<T>(ex, scan_inputs<T>(in, cu), chunk_states.view<const float, 3>(),
-                                           y.grad(ex).view<const T, 2>(), {},
-                                           {u.template view<T>(),
-                                            delta.template view<float>(),
-                                            grad_if<2>(ex, in.A),
-                                            B.template view<float>(),
-                                            C.template view<float>(),
-                                            grad_if<1>(ex, in.D),
-                                            z.template view<T>(),
-                                            grad_if<1>(ex, in.delta_bias),
-                                            {},
-                                            {u.fresh, delta.fresh, B.fresh, C.fresh, z.fresh}},
-                                           options);
+                                           grad_y.view<const T, 2>(), {}, grad, options);
             });
+            if (again) {
+                y.clear_grad();
+                y.set_value(grad_y);
+            }
         });
     }
     return y;
+}
+
+void forget_scanned(Ctx& ctx, const Var& y) {
+    if (ctx.exec.device != Device::cpu && ctx.recording({&y})) y.forget_value();
 }
 
 namespace {
@@ -370,6 +406,7 @@ Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, SsdOption
     if (recording) {
         std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
         ctx.tape->record([&ex = ctx.exec, cu = std::move(cu), in, s, y, chunk_states, options, t] {
+            y.forget_value();
             const int64_t d_last = in.D ? in.D.value().size() / s.h : 1;
             const Shape group{t, s.g, s.n}, heads{t, s.h, s.p};
             const auto [x, dt, B, C] = targets(ex, {in.x, in.dt, in.B, in.C});
@@ -434,11 +471,11 @@ Var add(Ctx& ctx, const Var& a, const Var& b) {
 Var multiply(Ctx& ctx, const Var& a, const Var& b) {
     const bool recording = ctx.recording({&a, &b});
     Var y = result(ctx, a.value().shape(), DType::f32, recording);
-    const auto va = a.value().view<const float, 2>(), vb = b.value().view<const float, 2>();
-    multiply(ctx.exec, va, vb, y.value().view<float, 2>());
+    const auto view = [](const Var& v) { return v.value().view<const float, 2>(); };
+    multiply(ctx.exec, view(a), view(b), y.value().view<float, 2>());
     if (recording) {
-        ctx.tape->record([&ex = ctx.exec, a, b, va, vb, y] {
-            multiply_backward(ex, va, vb, y.grad(ex).view<const float, 2>(), grad_if<2>(ex, a),
+        ctx.tape->record([&ex = ctx.exec, a, b, view, y] {
+            multiply_backward(ex, view(a), view(b), y.grad(ex).view<const float, 2>(), grad_if<2>(ex, a),
                               grad_if<2>(ex, b));
         });
     }
@@ -455,9 +492,11 @@ Var linear_cross_entropy(Ctx& ctx, const Var& hidden, const Var& weight, const T
         // One pass gives the loss and its gradients: that of hidden waits here until backward runs, that of
         // the weight is added now.
         const Tensor grad_hidden = Tensor::empty(ctx.exec, hidden.value().shape(), hidden.grad_dtype());
+        const auto [gw] = ssm::targets(ctx.exec, {weight});
+        if (t == 0 && gw.fresh) gw.tensor.fill_zero();
         linear_cross_entropy_backward(ctx.exec, hidden.value(), weight.value(), ids,
                                       weights.view<const float, 1>(), nll.view<float, 1>(), grad_hidden,
-                                      grad_if<2>(ctx.exec, weight), true);
+                                      gw.template view<float>(), {.hidden = true, .weight = gw.fresh});
         ctx.tape->record([&ex = ctx.exec, hidden, grad_hidden] {
             if (hidden.requires_grad()) hidden.take_grad(ex, grad_hidden);
         });

@@ -1,6 +1,6 @@
 // The table: one differentiable function per operator. Each calls the operator and, when the context has a
 // tape and an input wants a gradient, records the operator's backward. Shapes and equations: the operator's
-// header.
+// header. The backward lets the result's value go before it takes memory for gradients.
 #pragma once
 
 #include "ssm/autograd/tape.h"
@@ -14,6 +14,9 @@ namespace ssm {
 
 // ids [t] i32, on the context's device -> [t e] f32
 Var embedding(Ctx& ctx, const Tensor& ids, const Var& weight);
+
+// x in the activations' type, once for several products; its gradient stays x's, in x's type.
+Var rounded(Ctx& ctx, const Var& x);
 
 // [t i] -> [t o] of `out`; `weight` [o i] changes (training). Inference: nn::Linear with its PackedWeight.
 Var linear(Ctx& ctx, const Var& x, const Var& weight, const Var& bias, DType out = DType::f32);
@@ -40,6 +43,9 @@ struct SelectiveScanVars {
 };
 Var selective_scan(Ctx& ctx, const SelectiveScanVars& in, Tensor* state,
                    const SelectiveScanOptions& options = {});
+// Behind the linear function that reads a scan's result y: a GPU need not keep it, because the scan's
+// backward pass gives it once more. The linear's gradient of the weight waits for that.
+void forget_scanned(Ctx& ctx, const Var& y);
 
 // SSD. x [t h*p], dt [t h], B, C [t g*n] as slices of one projection; A, dt_bias [h]; D [h] or [h*p].
 struct SsdVars {

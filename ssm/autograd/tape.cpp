@@ -50,13 +50,16 @@ Tensor Var::grad(const Exec& ex) const {
     return slice_of_grad();
 }
 
+void Var::unset_grad(const Exec& ex) const {
+    Node& r = root();
+    if (!r.grad) r.grad = Tensor::empty(ex, r.value.shape(), r.grad_dtype);
+    r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
+}
+
 Var::GradTarget Var::grad_target(const Exec& ex) const {
     Node& r = root();
     const Range own = range();
-    if (!r.grad) {
-        r.grad = Tensor::empty(ex, r.value.shape(), r.grad_dtype);
-        r.unset = {{0, r.value.rank() == 2 ? r.value.dim(1) : 1}};
-    }
+    if (!r.grad) unset_grad(ex);
     for (Range& u : r.unset) {
         if (own.begin < u.begin || u.end < own.end) continue;
         const Range after{own.end, u.end};
@@ -96,13 +99,56 @@ void Var::take_grad(const Exec& ex, const Tensor& g) const {
 
 Var Var::columns(int64_t begin, int64_t end) const {
     const std::shared_ptr<Node> root = node_->parent ? node_->parent : node_;
-    return Var(std::make_shared<Node>(Node{value().columns(begin, end),
+    const auto slice = std::make_shared<Node>(Node{value().columns(begin, end),
+                                                   {},
+                                                   node_->grad_dtype,
+                                                   node_->requires_grad,
+                                                   root,
+                                                   node_->begin + begin,
+                                                   {},
+                                                   {},
+                                                   {}});
+    root->slices.push_back(slice);
+    return Var(slice);
+}
+
+Var Var::with_value(Tensor value) const {
+    return Var(std::make_shared<Node>(Node{std::move(value),
                                            {},
                                            node_->grad_dtype,
                                            node_->requires_grad,
-                                           root,
-                                           node_->begin + begin,
+                                           node_->parent ? node_->parent : node_,
+                                           node_->begin,
+                                           {},
+                                           {},
                                            {}}));
+}
+
+void Var::set_value(Tensor value) const {
+    node_->value = std::move(value);
+    for (const std::weak_ptr<Node>& weak : node_->slices) {
+        const std::shared_ptr<Node> slice = weak.lock();
+        if (!slice) continue;
+        slice->value = node_->value.columns(slice->begin, slice->begin + slice->value.dim(1));
+    }
+    const auto waiting = std::move(node_->waiting);
+    node_->waiting.clear();
+    for (const auto& f : waiting) f(node_->value);
+}
+
+void Var::when_there(std::function<void(const Tensor&)> f) const {
+    if (value()) return f(value());
+    node_->waiting.push_back(std::move(f));
+}
+
+void Var::forget_value() const {
+    const auto forget = [](Node& n) {
+        n.value = Tensor::wrap(nullptr, n.value.shape(), n.value.dtype(), {});
+    };
+    forget(*node_);
+    for (const std::weak_ptr<Node>& weak : node_->slices) {
+        if (const std::shared_ptr<Node> slice = weak.lock()) forget(*slice);
+    }
 }
 
 void Tape::backward() {
@@ -113,12 +159,33 @@ void Tape::backward() {
     }
 }
 
-std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
-                            const std::function<std::vector<Var>(Ctx&, const std::vector<Var>&)>& f) {
-    if (ctx.tape == nullptr || !ctx.recompute) return f(ctx, inputs);
+namespace {
+
+// For what runs now and again later.
+Ctx without_tape(const Ctx& ctx) {
     Ctx plain = ctx;
     plain.tape = nullptr;
     plain.recomputed_later = true;
+    return plain;
+}
+
+}  // namespace
+
+void remade(Ctx& ctx, const Var& v, std::function<Var(Ctx&)> make) {
+    if (ctx.recompute != Recompute::cheap || !ctx.recording({&v})) return;
+    v.forget_value();
+    std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
+    ctx.tape->record([ctx, cu = std::move(cu), v, make = std::move(make)] {
+        Ctx again = without_tape(ctx);
+        again.cu_seqlens = cu;
+        v.set_value(make(again).value());
+    });
+}
+
+std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
+                            const std::function<std::vector<Var>(Ctx&, const std::vector<Var>&)>& f) {
+    if (ctx.tape == nullptr || ctx.recompute != Recompute::layers) return f(ctx, inputs);
+    Ctx plain = without_tape(ctx);
     std::vector<Var> results;
     for (const Var& r : f(plain, inputs)) results.emplace_back(r.value(), true, r.value().dtype());
     std::vector<int64_t> cu(ctx.cu_seqlens.begin(), ctx.cu_seqlens.end());
@@ -127,7 +194,7 @@ std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
         Ctx again = ctx;
         again.tape = &tape;
         again.cu_seqlens = cu;
-        again.recompute = false;
+        again.recompute = Recompute::none;
         std::vector<Var> leaves;
         for (const Var& v : inputs)
             leaves.push_back(v ? Var(v.value(), v.requires_grad(), v.grad_dtype()) : v);

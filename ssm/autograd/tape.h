@@ -19,11 +19,16 @@ class Var {
 public:
     Var() = default;  // absent optional argument: `if (!var)`
     explicit Var(Tensor value, bool requires_grad = false, DType grad = DType::f32)
-        : node_(std::make_shared<Node>(Node{std::move(value), {}, grad, requires_grad, nullptr, 0, {}})) {}
+        : node_(std::make_shared<Node>(
+              Node{std::move(value), {}, grad, requires_grad, nullptr, 0, {}, {}, {}})) {}
 
     explicit operator bool() const { return node_ != nullptr; }
     const Tensor& value() const { return node_->value; }
-    void set_value(Tensor value) const { node_->value = std::move(value); }
+    // Another value of the same shape and type; slices become windows on it. Not of a slice.
+    void set_value(Tensor value) const;
+    // Lets the memory of the value, and of its slices, go: shape and type remain. For what nothing reads any
+    // more but its gradient.
+    void forget_value() const;
     DType grad_dtype() const { return node_->grad_dtype; }
     bool requires_grad() const { return node_ != nullptr && node_->requires_grad; }
     bool has_grad() const;
@@ -37,6 +42,17 @@ public:
         bool fresh;
     };
     GradTarget grad_target(const Exec& ex) const;
+    // Calls `f` with the value now or, where it is forgotten, when there is one again: a function whose
+    // backward pass gives its result once more runs behind those that read it.
+    void when_there(std::function<void(const Tensor&)> f) const;
+
+    // The buffer, made or not, holds nothing: the first that adds to it sets it. What stays where it is, a
+    // parameter's gradient, need not be zeroed before a step.
+    void unset_grad(const Exec& ex) const;
+    // Another value, of the same shape and perhaps rounded, with this one's gradient. Not kept in step with
+    // set_value and forget_value.
+    Var with_value(Tensor value) const;
+
     // Drops the buffer (Tape::backward does so for what it has used up) or puts another in its place.
     void clear_grad() const { set_grad({}); }
     void set_grad(Tensor grad) const {
@@ -62,6 +78,8 @@ private:
         std::shared_ptr<Node> parent;  // of a slice
         int64_t begin;
         std::vector<Range> unset;  // columns of grad that hold no gradient yet
+        std::vector<std::weak_ptr<Node>> slices;
+        std::vector<std::function<void(const Tensor&)>> waiting;  // for the value
     };
     Node& root() const { return node_->parent ? *node_->parent : *node_; }
     Range range() const;  // this slice's columns of the root
@@ -83,14 +101,19 @@ private:
     std::vector<std::function<void()>> closures_;
 };
 
+// What a training step computes again in its backward pass instead of keeping it.
+//   none    nothing
+//   cheap   what an operator that is bound by memory, or a small product, makes of what is kept: `remade`
+//   layers  all inner results of a layer: `recomputed`
+enum class Recompute { none, cheap, layers };
+
 // What a forward pass needs beside its arguments. Without a tape it is inference.
 struct Ctx {
     const Exec& exec;
     Tape* tape = nullptr;
     CuSeqlens cu_seqlens = {};      // how rows [t d] split into sequences; empty: one token each (a step)
     DType activation = DType::f32;  // of what flows inside the layers
-    // With a tape: the layers' inner results are computed again in the backward pass instead of kept.
-    bool recompute = false;
+    Recompute recompute = Recompute::none;
     bool recomputed_later = false;  // no tape now, but the same again with one: inputs must stay as they are
     Slots slots = {};               // of a step: rows of the state; absent: row s for sequence s
 
@@ -108,8 +131,14 @@ struct Ctx {
     }
 };
 
-// The results of f(ctx, inputs). With a tape and ctx.recompute only the inputs are kept: f runs once without
-// a tape now, and once more with one of its own when the gradients of the results are there.
+// To be called behind the last function that reads `v`. With a tape and Recompute::cheap the value of `v` is
+// let go; the backward pass makes it again by `make`, with a context that has no tape, before the first
+// function that reads it, and lets it go behind the one that made it. What `make` reads must be kept, or
+// remade by a later call: the last that is recorded comes first. Else nothing happens.
+void remade(Ctx& ctx, const Var& v, std::function<Var(Ctx&)> make);
+
+// The results of f(ctx, inputs). With a tape and Recompute::layers only the inputs are kept: f runs once
+// without a tape now, and once more with one of its own when the gradients of the results are there.
 std::vector<Var> recomputed(Ctx& ctx, const std::vector<Var>& inputs,
                             const std::function<std::vector<Var>(Ctx&, const std::vector<Var>&)>& f);
 

@@ -98,6 +98,35 @@ TEST(Var, FreshTargetsAreSetOnceAndTheRestIsZero) {
     EXPECT_FALSE(left.grad_target(ex).fresh);
 }
 
+TEST(Var, AnUnsetGradientIsSetInItsPlace) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros({2, 3}), true);
+    const Tensor buffer = x.grad(ex);
+    std::fill_n(buffer.data<float>(), 6, 7.0f);
+    x.unset_grad(ex);
+    const Var::GradTarget target = x.grad_target(ex);
+    EXPECT_TRUE(target.fresh);
+    EXPECT_EQ(target.tensor.raw(), buffer.raw());
+    EXPECT_FALSE(x.grad_target(ex).fresh);
+    EXPECT_EQ(buffer.data<float>()[5], 7.0f);  // the first that adds sets it
+    x.unset_grad(ex);
+    EXPECT_EQ(x.grad(ex).raw(), buffer.raw());
+    for (int i = 0; i < 6; ++i) EXPECT_EQ(buffer.data<float>()[i], 0.0f);
+}
+
+TEST(Var, AnotherValueHasTheSameGradient) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros({2, 3}), true), slice = x.columns(1, 3);
+    const Tensor other = Tensor::zeros({2, 2}, DType::bf16);
+    const Var twin = slice.with_value(other);
+    EXPECT_EQ(twin.value().raw(), other.raw());
+    EXPECT_EQ(twin.grad_dtype(), DType::f32);
+    EXPECT_TRUE(twin.grad_target(ex).fresh);
+    EXPECT_EQ(twin.grad(ex).raw(), slice.grad(ex).raw());
+    slice.forget_value();
+    EXPECT_EQ(twin.value().raw(), other.raw());
+}
+
 TEST(Ctx, RecordsOnlyWhatWantsAGradient) {
     const Exec ex = make_cpu_exec(1);
     Tape tape;
@@ -286,7 +315,7 @@ TEST(Tape, RecomputedGivesTheSameGradients) {
     for (const bool recompute : {false, true}) {
         const Var x = variable({3, 4}, 1), w = variable({4, 4}, 2), norm = variable({4}, 3);
         Tape tape;
-        Ctx ctx{.exec = ex, .tape = &tape, .recompute = recompute};
+        Ctx ctx{.exec = ex, .tape = &tape, .recompute = recompute ? Recompute::layers : Recompute::none};
         std::vector<Var> stream{x, Var()};
         for (int layer = 0; layer < 2; ++layer) {
             stream = recomputed(ctx, stream, [&](Ctx& c, const std::vector<Var>& in) {
@@ -305,6 +334,75 @@ TEST(Tape, RecomputedGivesTheSameGradients) {
     EXPECT_GT(std::abs(gradients[0][0][0]), 1e-3);
     EXPECT_EQ(recorded[1], 2u);
     EXPECT_GT(recorded[0], 4u);
+}
+
+TEST(Var, ForgetsAValueAndItsSlicesAndTakesAnother) {
+    const Exec ex = make_cpu_exec(1);
+    const Var x(Tensor::zeros(ex, {64, 6}), true, DType::f32), slice = x.columns(1, 3);
+    const size_t before = ex.allocator->bytes_in_use();
+    x.forget_value();
+    EXPECT_LT(ex.allocator->bytes_in_use(), before);
+    EXPECT_EQ(slice.value().shape(), (Shape{64, 2}));
+    EXPECT_FALSE(x.value() || slice.value());
+    EXPECT_EQ(x.grad(ex).shape(), (Shape{64, 6}));
+    slice.add_grad(ex, Tensor::zeros(ex, {64, 2}));
+    std::vector<float> ramp(64 * 6);
+    for (size_t i = 0; i < ramp.size(); ++i) ramp[i] = static_cast<float>(i);
+    x.set_value(Tensor::from_floats({64, 6}, ramp));
+    EXPECT_EQ((slice.value().view<float, 2>()(2, 1)), 14.0f);
+    EXPECT_EQ(slice.value().raw(), x.value().raw() + sizeof(float));
+}
+
+// b = silu(a) is read by two functions and by slices; c = softplus(b) is remade from what is remade.
+TEST(Tape, RemadeGivesTheSameGradientsInLessMemory) {
+    std::vector<std::vector<float>> gradients[2];
+    size_t kept[2] = {};
+    int made = 0;
+    for (const bool cheap : {false, true}) {
+        const Exec ex = make_cpu_exec(1);
+        const Var a = variable({300, 4}, 1), w = variable({4, 4}, 2), v = variable({4, 2}, 3);
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape, .recompute = cheap ? Recompute::cheap : Recompute::none};
+        Var y;
+        {
+            const auto make_b = [&, a](Ctx& c) {
+                made += c.tape == nullptr;
+                return silu(c, a);
+            };
+            const Var b = make_b(ctx), c = softplus(ctx, b);
+            const Var d = multiply(ctx, linear(ctx, c, w, Var()), b);
+            y = linear(ctx, multiply(ctx, d.columns(0, 2), b.columns(2, 4)), v, Var());
+            remade(ctx, c, [b](Ctx& again) { return softplus(again, b); });
+            remade(ctx, b, make_b);
+            EXPECT_EQ(static_cast<bool>(b.value()), !cheap);
+        }
+        kept[cheap] = ex.allocator->bytes_in_use();
+        backward_from(ex, tape, y, Random(4).vector(1200));
+        for (const Var& p : {a, w, v}) gradients[cheap].push_back(values(p.grad(ex)));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_GT(std::abs(gradients[0][0][0]), 1e-3);
+    EXPECT_EQ(made, 1);
+    EXPECT_LE(kept[1] + 2 * 300 * 4 * sizeof(float), kept[0]);
+}
+
+// A linear whose input comes once more only behind its own backward function.
+TEST(Tape, AWeightsGradientWaitsForItsInput) {
+    const Exec ex = make_cpu_exec(1);
+    std::vector<std::vector<float>> gradients[2];
+    for (const bool late : {false, true}) {
+        const Var a = variable({5, 4}, 1), w = variable({3, 4}, 2), bias = variable({3}, 3);
+        Tape tape;
+        Ctx ctx{.exec = ex, .tape = &tape};
+        const Var x = silu(ctx, a);
+        if (late) tape.record([x, value = x.value().clone()] { x.set_value(value); });
+        const Var y = linear(ctx, x, w, bias);
+        if (late) x.forget_value();
+        backward_from(ex, tape, y, Random(4).vector(15));
+        for (const Var& v : {a, w, bias}) gradients[late].push_back(values(v.grad(ex)));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_GT(std::abs(gradients[0][1][0]), 1e-3);
 }
 
 // A state is carried in inference only: its gradient would be lost.

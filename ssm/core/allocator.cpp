@@ -45,8 +45,13 @@ void Allocator::trim() noexcept {
     std::lock_guard lock(mutex_);
     for (auto& [capacity, blocks] : free_) {
         for (std::byte* p : blocks) release(p, capacity);
+        reserved_ -= capacity * blocks.size();
     }
     free_.clear();
+    for (const Segments::Piece& s : segments_.remove_free()) {
+        release(s.data, s.bytes);
+        reserved_ -= s.bytes;
+    }
 }
 
 void Allocator::zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
@@ -54,16 +59,24 @@ void Allocator::copy(void* to, const void* from, size_t bytes) { std::memcpy(to,
 void Allocator::copy_in(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 void Allocator::copy_out(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
+std::byte* Allocator::take_kept(size_t capacity) {
+    if (capacity >= smallest_piece()) return segments_.take(capacity);
+    const auto it = free_.find(capacity);
+    if (it == free_.end() || it->second.empty()) return nullptr;
+    std::byte* p = it->second.back();
+    it->second.pop_back();
+    return p;
+}
+
 std::byte* Allocator::take(size_t bytes, size_t& capacity) {
-    capacity = size_class(bytes == 0 ? 1 : bytes);
+    const bool piece = bytes >= smallest_piece();
+    capacity = piece ? (bytes + Segments::kGranule - 1) / Segments::kGranule * Segments::kGranule
+                     : size_class(bytes == 0 ? 1 : bytes);
     {
         std::lock_guard lock(mutex_);
         in_use_ += capacity;
         if (in_use_ > peak_) peak_ = in_use_;
-        auto it = free_.find(capacity);
-        if (it != free_.end() && !it->second.empty()) {
-            std::byte* p = it->second.back();
-            it->second.pop_back();
+        if (std::byte* p = take_kept(capacity)) {
             if (withholding_) taken_.push_back({p, capacity});
             return p;
         }
@@ -71,6 +84,8 @@ std::byte* Allocator::take(size_t bytes, size_t& capacity) {
     try {
         std::byte* p = allocate(capacity);
         std::lock_guard lock(mutex_);
+        reserved_ += capacity;
+        if (capacity >= smallest_piece()) segments_.add(p, capacity);
         if (withholding_) taken_.push_back({p, capacity});
         return p;
     } catch (...) {
@@ -83,10 +98,13 @@ std::byte* Allocator::take(size_t bytes, size_t& capacity) {
 void Allocator::give(std::byte* p, size_t capacity) noexcept {
     std::lock_guard lock(mutex_);
     in_use_ -= capacity;
-    free_[capacity].push_back(p);
+    if (!segments_.give(p)) free_[capacity].push_back(p);
 }
 
+// What is captured then finds as little as its first run did, whose blocks are let go: it places them the same
+// way, instead of cutting up the segment that the largest will need.
 void Allocator::start_withholding() {
+    trim();
     std::lock_guard lock(mutex_);
     taken_.clear();
     withholding_ = true;
@@ -96,7 +114,12 @@ std::vector<Allocator::Block> Allocator::stop_withholding() {
     std::lock_guard lock(mutex_);
     withholding_ = false;
     std::vector<Block> withheld;
+    std::vector<Segments::Piece> pieces;
     for (const Block& block : taken_) {
+        if (block.capacity >= smallest_piece()) {
+            pieces.push_back({block.data, block.capacity});
+            continue;
+        }
         std::vector<std::byte*>& free = free_[block.capacity];
         const auto it =
             std::find(free.begin(), free.end(), block.data);  // once: it may have been taken twice
@@ -105,6 +128,7 @@ std::vector<Allocator::Block> Allocator::stop_withholding() {
         withheld.push_back(block);
     }
     taken_.clear();
+    for (const Segments::Piece& p : segments_.take_free(pieces)) withheld.push_back({p.data, p.bytes});
     for (const Block& block : withheld) in_use_ += block.capacity;
     peak_ = std::max(peak_, in_use_);
     return withheld;
@@ -122,6 +146,11 @@ size_t Allocator::bytes_in_use() const {
 size_t Allocator::peak_bytes() const {
     std::lock_guard lock(mutex_);
     return peak_;
+}
+
+size_t Allocator::reserved_bytes() const {
+    std::lock_guard lock(mutex_);
+    return reserved_;
 }
 
 }  // namespace ssm

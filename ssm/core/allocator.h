@@ -1,16 +1,18 @@
 // A caching allocator: aligned blocks by size class, kept for reuse when released.
 // A training step or a prefill asks for the same sizes every time; fresh pages from the system would be
 // zeroed and faulted in each step (measured: half the time of a small training step), and a GPU's driver
-// would wait for the device at each.
+// would wait for the device at each. Large blocks of a GPU's memory are pieces of segments instead.
 #pragma once
 
 #include <cstddef>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "ssm/core/device.h"
+#include "ssm/core/segments.h"
 
 namespace ssm {
 
@@ -43,7 +45,8 @@ public:
     void give_back(std::vector<Block> blocks) noexcept;
 
     size_t bytes_in_use() const;
-    size_t peak_bytes() const;
+    size_t peak_bytes() const;      // with what graphs hold
+    size_t reserved_bytes() const;  // asked of the system and kept
 
     // Where the blocks are, and moving bytes there: on a GPU in the order of its stream.
     virtual Device device() const { return Device::cpu; }
@@ -55,15 +58,21 @@ public:
 protected:
     virtual std::byte* allocate(size_t bytes) { return allocate_aligned(bytes); }
     virtual void release(std::byte* p, size_t bytes) noexcept { free_aligned(p, bytes); }
+    // Blocks of at least this size are pieces of segments. On the host none: a block that begins with a huge
+    // page is faster.
+    virtual size_t smallest_piece() const { return std::numeric_limits<size_t>::max(); }
     // Releases what is kept. A derived class calls it in its destructor.
     void trim() noexcept;
 
 private:
+    std::byte* take_kept(size_t capacity);  // nullptr where nothing fits
+
     mutable std::mutex mutex_;
     std::map<size_t, std::vector<std::byte*>> free_;
+    Segments segments_;
     std::vector<Block> taken_;  // while withholding
     bool withholding_ = false;
-    size_t in_use_ = 0, peak_ = 0;
+    size_t in_use_ = 0, peak_ = 0, reserved_ = 0;
 };
 
 }  // namespace ssm

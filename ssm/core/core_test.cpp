@@ -63,6 +63,81 @@ TEST(Allocator, ReusesReleasedBlocks) {
     EXPECT_GE(ex.allocator->bytes_in_use(), 4000u);
 }
 
+// Host memory as a GPU's is kept: in segments.
+class Pieced final : public Allocator {
+public:
+    ~Pieced() override { trim(); }
+
+protected:
+    size_t smallest_piece() const override { return size_t{1} << 20; }
+};
+
+TEST(Allocator, LargeBlocksAreCutFromSegmentsAndJoined) {
+    constexpr size_t kMiB = size_t{1} << 20;
+    Pieced a;
+    size_t tile = 0, part = 0;
+    std::byte* const whole = a.take(10 * kMiB - 5, tile);
+    EXPECT_EQ(tile, 10 * kMiB);
+    a.give(whole, tile);
+    std::vector<std::byte*> parts;
+    for (int i = 0; i < 4; ++i) {
+        parts.push_back(a.take(5 * kMiB / 2, part));
+        EXPECT_EQ(parts.back(), whole + static_cast<size_t>(i) * part);
+    }
+    EXPECT_EQ(a.reserved_bytes(), 10 * kMiB);
+    EXPECT_EQ(a.peak_bytes(), 10 * kMiB);
+    a.give(parts[1], part);
+    size_t more = 0;
+    std::byte* const other = a.take(3 * kMiB, more);  // what is free is too small
+    EXPECT_EQ(a.reserved_bytes(), 13 * kMiB);
+    for (const int i : {3, 0, 2}) a.give(parts[static_cast<size_t>(i)], part);
+    EXPECT_EQ(a.take(10 * kMiB, tile), whole);
+    a.give(whole, tile);
+    EXPECT_EQ(a.take(2 * kMiB, part), whole);  // segments are not joined
+    a.give(whole, part);
+    a.give(other, more);
+    EXPECT_EQ(a.take(2 * kMiB, part), other);  // the smallest that is large enough
+    a.give(other, part);
+    EXPECT_EQ(a.bytes_in_use(), 0u);
+}
+
+// What a graph took and gave back stays its own, whatever the pieces were at the time.
+TEST(Allocator, WithholdsWhatWasTaken) {
+    constexpr size_t kMiB = size_t{1} << 20;
+    Pieced a;
+    size_t c = 0, small = 0;
+    std::byte* const before = a.take(2 * kMiB, c);
+    a.give(before, c);
+    a.start_withholding();  // lets that go
+    EXPECT_EQ(a.reserved_bytes(), 0u);
+    std::byte* const whole = a.take(10 * kMiB, c);
+    a.give(whole, c);
+    for (const size_t at : {size_t{4}, size_t{6}}) {  // the first 4 MiB, then the first 6
+        std::byte* const p = a.take(at * kMiB, c);
+        EXPECT_EQ(p, whole);
+        a.give(p, c);
+    }
+    std::byte* const little = a.take(1000, small);
+    std::byte* const kept = a.take(6 * kMiB, c);
+    a.give(little, small);
+    std::byte* const after = a.take(kMiB, c);
+    a.give(after, c);
+    std::vector<Allocator::Block> mine = a.stop_withholding();  // 10 MiB, of which 6 are in use
+    EXPECT_EQ(after, whole + 6 * kMiB);
+    EXPECT_EQ(a.bytes_in_use(), 10 * kMiB + small);
+    std::byte* const other = a.take(3 * kMiB, c);
+    EXPECT_EQ(a.reserved_bytes(), 13 * kMiB + small);
+    a.give(other, c);
+    a.give(kept, 6 * kMiB);
+    EXPECT_EQ(a.take(6 * kMiB, c), whole);  // what it did not give back was not withheld
+    a.give(whole, c);
+    a.give_back(mine);
+    EXPECT_EQ(a.bytes_in_use(), 0u);
+    EXPECT_EQ(a.take(10 * kMiB, c), whole);
+    a.give(whole, c);
+    EXPECT_EQ(a.reserved_bytes(), 13 * kMiB + small);
+}
+
 TEST(ParallelFor, CoversEveryIndexOnceOnAnyThreadCount) {
     for (int threads : {1, 2, 3, 7}) {
         Exec ex = make_cpu_exec(threads);

@@ -20,6 +20,14 @@ private:
     uint64_t hash_ = 0xcbf29ce484222325u;
 };
 
+// The residual stream goes on with a layer's result, which nothing else reads.
+Normed add_to_stream(Ctx& ctx, const std::vector<Var>& stream, const Var& weight,
+                     const RmsNormOptions& norm) {
+    Normed n = add_rms_norm(ctx, stream[0], stream[1], weight, norm, ctx.activation);
+    if (ctx.recording({&stream[1]})) stream[1].forget_value();
+    return n;
+}
+
 }  // namespace
 
 void ModelState::visit(const std::function<void(const std::string&, Tensor&)>& f) {
@@ -149,11 +157,15 @@ Var LanguageModel::hidden(Ctx& ctx, const Tensor& ids, ModelState* state) {
         MixerState* const layer = state != nullptr ? state->layers[i].get() : nullptr;
         stream = recomputed(ctx, stream, [this, norm, layer, i](Ctx& c, const std::vector<Var>& in) {
             const Block& block = blocks_[i];
-            const Normed n = add_rms_norm(c, in[0], in[1], block.norm_weight.var, norm, c.activation);
-            return std::vector<Var>{n.residual, block.mixer->forward(c, n.y, layer)};
+            const Normed n = add_to_stream(c, in, block.norm_weight.var, norm);
+            const Var y = block.mixer->forward(c, n.y, layer);
+            remade(c, n.y, [sum = n.residual, norm, weight = block.norm_weight.var](Ctx& again) {
+                return rms_norm(again, sum, weight, Var(), norm, again.activation);
+            });
+            return std::vector<Var>{n.residual, y};
         });
     }
-    return add_rms_norm(ctx, stream[0], stream[1], final_norm_.var, norm, ctx.activation).y;
+    return add_to_stream(ctx, stream, final_norm_.var, norm).y;
 }
 
 void LanguageModel::step(Ctx& ctx, const Tensor& ids, ModelState& state, const Tensor& logits) {
@@ -208,7 +220,9 @@ Var LanguageModel::loss(Ctx& ctx, View<const int32_t, 1> ids, View<const int32_t
 Var LanguageModel::loss(Ctx& ctx, const Tensor& ids, const Tensor& targets, const Tensor& weights) {
     if (!ctx.inference()) packed_head_ = {};  // the weight is about to change
     const Var h = hidden(ctx, ids, nullptr);
-    return linear_cross_entropy(ctx, h, (head_ ? head_ : embedding_).var, targets, weights);
+    const Var loss = linear_cross_entropy(ctx, h, (head_ ? head_ : embedding_).var, targets, weights);
+    if (ctx.recording({&h})) h.forget_value();  // its gradient is there
+    return loss;
 }
 
 }  // namespace ssm

@@ -42,8 +42,7 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     auto* s = static_cast<MambaState*>(state);
     const Var xz = in_proj_.forward(ctx, u, ctx.activation);
     const Var z = xz.columns(c.d, 2 * c.d);
-    const Var x = causal_conv1d(ctx, xz.columns(0, c.d), conv_weight_.var, conv_bias_.var, Activation::silu,
-                                s != nullptr ? &s->conv : nullptr);
+    const Var x = convolved(ctx, xz.columns(0, c.d), s != nullptr ? &s->conv : nullptr);
     const Var dbc = x_proj_.forward(ctx, x);
     Var delta = dbc.columns(0, c.r), B = dbc.columns(c.r, c.r + c.n),
         C = dbc.columns(c.r + c.n, c.r + 2 * c.n);
@@ -53,12 +52,22 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
         B = rms_norm(ctx, B, Var(), Var(), options, DType::f32);
         C = rms_norm(ctx, C, Var(), Var(), options, DType::f32);
     }
-    delta = dt_proj_.forward_no_bias(ctx, delta);  // its bias goes through the scan's softplus
+    const Var low = ctx.recording({&delta}) ? rounded(ctx, delta) : delta;  // once for three products
+    delta = dt_proj_.forward_no_bias(ctx, low, ctx.activation);  // its bias goes through the scan's softplus
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const Var y = selective_scan(ctx, {x, delta, A_, B, C, D_.var, z, dt_proj_.bias.var},
                                  s != nullptr ? &s->ssm : nullptr);
     if (!ctx.inference()) A_ = Var();
-    return out_proj_.forward(ctx, y, ctx.branch());
+    remade(ctx, delta,
+           [this, low](Ctx& again) { return dt_proj_.forward_no_bias(again, low, again.activation); });
+    remade(ctx, x, [this, xz](Ctx& again) { return convolved(again, xz.columns(0, config_.d), nullptr); });
+    const Var out = out_proj_.forward(ctx, y, ctx.branch());
+    forget_scanned(ctx, y);
+    return out;
+}
+
+Var MambaMixer::convolved(Ctx& ctx, const Var& x, Tensor* state) const {
+    return causal_conv1d(ctx, x, conv_weight_.var, conv_bias_.var, Activation::silu, state);
 }
 
 void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {

@@ -43,6 +43,8 @@ public:
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:
+    Var convolved(Ctx& ctx, const Var& x, Tensor* state) const;
+
     MambaConfig config_;
     Linear in_proj_, x_proj_, dt_proj_, out_proj_;
     Parameter conv_weight_, conv_bias_, A_log_, D_;

@@ -38,15 +38,24 @@ Var Mamba2Mixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     const Var projected = in_proj_.forward(ctx, u, ctx.activation);
     const Var z = projected.columns(0, d);
     const Var dt = projected.columns(d + channels, d + channels + c.h);
-    const Var xBC = causal_conv1d(ctx, projected.columns(d, d + channels), conv_weight_.var, conv_bias_.var,
-                                  Activation::silu, s != nullptr ? &s->conv : nullptr);
+    const Var before = projected.columns(d, d + channels),
+              xBC = convolved(ctx, before, s != nullptr ? &s->conv : nullptr);
     const Var x = xBC.columns(0, d), B = xBC.columns(d, d + gn), C = xBC.columns(d + gn, d + 2 * gn);
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
     const Var y = ssd(ctx, {x, dt, A_, B, C, D_.var, dt_bias_.var}, shape, s != nullptr ? &s->ssm : nullptr);
     if (!ctx.inference()) A_ = Var();
-    return out_proj_.forward(ctx, rms_norm(ctx, y, norm_weight_.var, z, gated_norm(), ctx.activation),
-                             ctx.branch());
+    remade(ctx, xBC, [this, before](Ctx& again) { return convolved(again, before, nullptr); });
+    const auto gated = [this, y, z](Ctx& any) {
+        return rms_norm(any, y, norm_weight_.var, z, gated_norm(), any.activation);
+    };
+    const Var normed = gated(ctx), out = out_proj_.forward(ctx, normed, ctx.branch());
+    remade(ctx, normed, gated);
+    return out;
+}
+
+Var Mamba2Mixer::convolved(Ctx& ctx, const Var& x, Tensor* state) const {
+    return causal_conv1d(ctx, x, conv_weight_.var, conv_bias_.var, Activation::silu, state);
 }
 
 RmsNormOptions Mamba2Mixer::gated_norm() const {

@@ -47,6 +47,7 @@ public:
 
 private:
     RmsNormOptions gated_norm() const;
+    Var convolved(Ctx& ctx, const Var& x, Tensor* state) const;
 
     Mamba2Config config_;
     Linear in_proj_, out_proj_;

@@ -30,7 +30,7 @@ Optimizer::Optimizer(Exec exec, std::vector<TrainedParameter> parameters, Optimi
         const TrainedParameter& p = parameters_[i];
         all.push_back({p.value.view<float, 1>(), p.grad.view<float, 1>(), m_[i].view<float, 1>(),
                        v_[i].view<float, 1>(), p.rounded.view_if<bf16, 1>(),
-                       p.weight_decay ? static_cast<float>(options_.weight_decay) : 0.0f});
+                       p.weight_decay ? static_cast<float>(options_.weight_decay) : 0.0f, p.sets_grad});
     }
     table_ = std::make_unique<AdamWTable>(exec_, std::move(all));
 }

@@ -32,8 +32,9 @@ public:
 
     // A step in three parts. set_rate() sends what changes from step to step; `step` counts from 1.
     void set_rate(int64_t step, double learning_rate);
-    // Norm of the gradients, clipping, AdamW, gradients to zero; where the norm is not finite the parameters
-    // stay as they are. Waits for nothing: on a GPU it may be part of a captured graph.
+    // Norm of the gradients, clipping, AdamW, gradients to zero where the model does not set them; where the
+    // norm is not finite the parameters stay as they are. Waits for nothing: on a GPU it may be part of a
+    // captured graph.
     void step();
     // What the step left, after the next request(): the loss that was put into loss(), and the norm.
     struct Status {

@@ -16,7 +16,8 @@ struct TrainedParameter {
     std::string name;
     Tensor value, grad;
     bool weight_decay = true;
-    Tensor rounded = {};  // in bf16, what the model computes with, where that is not `value` itself
+    Tensor rounded = {};     // in bf16, what the model computes with, where that is not `value` itself
+    bool sets_grad = false;  // add_gradients() sets grad, whatever it holds; else adds
 };
 
 class Trainable {
@@ -26,8 +27,9 @@ public:
     // The batches of the next step and what each weighs; on a GPU they are on their way there afterwards.
     virtual void set_batches(std::span<const Batch> batches, std::span<const double> weights) = 0;
     // loss[0] = sum over the batches of weight * mean negative log-likelihood of the targets that count, in
-    // nats; adds its gradient to every grad. `loss` [1] f32 lies where the gradients do. On a GPU nothing
-    // waits, and what is asked of it depends only on how the batches are split into sequences.
+    // nats; adds its gradient to every grad, or sets it (sets_grad). `loss` [1] f32 lies where the gradients
+    // do. On a GPU nothing waits, and what is asked of it depends only on how the batches are split into
+    // sequences.
     virtual void add_gradients(const Tensor& loss) = 0;
     // The mean of one batch, without gradients.
     virtual double loss(const Batch& batch) = 0;

@@ -39,7 +39,7 @@ std::vector<TrainedParameter> TrainedLanguageModel::parameters() {
         const auto master = masters_.find(name);
         const bool rounded = master != masters_.end();
         all.push_back({name, rounded ? master->second : p.value(), p.var.grad(exec_), p.weight_decay,
-                       rounded ? p.value() : Tensor()});
+                       rounded ? p.value() : Tensor(), p.kind == Parameter::Kind::matrix});
     });
     return all;
 }
@@ -74,6 +74,13 @@ void TrainedLanguageModel::set_batches(std::span<const Batch> batches, std::span
 void TrainedLanguageModel::add_gradients(const Tensor& loss) {
     const auto scalar = [](const Tensor& t) { return t.reshape({1, 1}); };
     loss.fill_zero();
+    // The first product that gives a matrix's gradient writes it; what none has written is zero.
+    const auto of_matrices = [&](auto&& f) {
+        model_.visit([&](const std::string&, Parameter& p) {
+            if (p.kind == Parameter::Kind::matrix) f(p.var);
+        });
+    };
+    of_matrices([&](const Var& v) { v.unset_grad(exec_); });
     for (const Staged& s : staged_) {
         if (!s.counts && exec_.device == Device::cpu) continue;
         Tape tape;
@@ -86,6 +93,7 @@ void TrainedLanguageModel::add_gradients(const Tensor& loss) {
         accumulate(exec_, scalar(part.value()).view<const float, 2>(), scalar(loss).view<float, 2>());
         tape.backward();
     }
+    of_matrices([&](const Var& v) { v.grad(exec_); });
 }
 
 double TrainedLanguageModel::loss(const Batch& batch) {

@@ -17,7 +17,7 @@ class TrainedLanguageModel final : public Trainable {
 public:
     struct Options {
         DType dtype = DType::f32;  // of matrices and activations; bf16 needs a GPU
-        bool recompute = false;    // layers again in the backward pass, instead of their results in memory
+        Recompute recompute = Recompute::none;
     };
     // `model` (f32, with values) must outlive this; it is moved to the Exec's device. Throws when a parameter
     // is not f32.

@@ -6,6 +6,7 @@
 
 #include "ssm/models/registry.h"
 #include "ssm/train/bigram.h"
+#include "ssm/train/recompute_test.h"
 #include "ssm/train/sampler.h"
 #include "ssm/train/test_files.h"
 #include "ssm/train/token_file.h"
@@ -95,8 +96,24 @@ TEST_F(TrainerCuda, RecomputationGivesTheSameCurve) {
         train({.name = a, .architecture = architecture, .model = {.dtype = DType::bf16}});
         train({.name = a + "-again",
                .architecture = architecture,
-               .model = {.dtype = DType::bf16, .recompute = true}});
+               .model = {.dtype = DType::bf16, .recompute = Recompute::layers}});
         EXPECT_LT(furthest(curve(a + "-again"), curve(a)), 5e-3) << a;
+    }
+}
+
+TEST_F(TrainerCuda, RecomputationGivesTheSameBytes) {
+    for (const char* architecture : {"mamba", "mamba2", "falcon_mamba"}) {
+        for (const DType dtype : {DType::f32, DType::bf16}) {
+            const auto run = [&](Recompute recompute) {
+                Exec ex = make_cuda_exec();
+                ex.deterministic = true;
+                return test::gradients_of(ex, architecture, {.dtype = dtype, .recompute = recompute});
+            };
+            const auto kept = run(Recompute::none), cheap = run(Recompute::cheap),
+                       layers = run(Recompute::layers);
+            EXPECT_EQ(cheap.bytes, kept.bytes) << architecture << " " << name_of(dtype);
+            EXPECT_EQ(layers.bytes, kept.bytes) << architecture << " " << name_of(dtype);
+        }
     }
 }
 

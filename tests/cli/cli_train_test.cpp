@@ -164,6 +164,12 @@ TEST_F(CliTrain, Errors) {
     EXPECT_EQ(complaint(arguments("a", {"--resume", "--d-model", "8"}))
                   .rfind("ssm: [train] cannot resume `DIR/a`: `config` was", 0),
               0u);
+    // Without a value it means layers, not that it was not given.
+    for (const Strings& recompute : {Strings{"--recompute"}, Strings{"--recompute", "layers"}})
+        EXPECT_EQ(complaint(arguments("b", recompute)), "ssm: [train] --recompute is for --device cuda");
+    EXPECT_EQ(complaint(arguments("b", {"--recompute", "most"}), 2)
+                  .rfind("ssm: [usage] --recompute: most not in ", 0),
+              0u);
     const auto recipe = [&](const std::string& content) {
         return complaint({"train", "--out", dir_ / "b", "--recipe", dir_.file("r.json", content)});
     };

@@ -25,7 +25,7 @@ struct Options {
     StateOptions states;
     std::string model, shape, config;
     int64_t prompt = 512, generate = 128, depth = 0, train_length = 0, train_batch = 4;
-    bool recompute = false;
+    std::string recompute;
     std::vector<int64_t> batches{1};
     int repeats = 5;
 };
@@ -184,7 +184,8 @@ Test train_test(const Exec& ex, LanguageModel& model, const Options& o) {
     const bool rounded = ex.device != Device::cpu && o.run.type() == DType::bf16;
     auto step = std::make_shared<TrainingStep>(
         ex, model,
-        TrainedLanguageModel::Options{.dtype = rounded ? DType::bf16 : DType::f32, .recompute = o.recompute});
+        TrainedLanguageModel::Options{.dtype = rounded ? DType::bf16 : DType::f32,
+                                      .recompute = recompute_of(o.recompute, ex.device)});
     Batch batch{.ids = random_ids(b * l, model.vocab()),
                 .targets = random_ids(b * l, model.vocab()),
                 .cu_seqlens = {}};
@@ -211,7 +212,7 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
         synchronize(ex);
     };
     run_whole();  // warm: packs weights, fills caches and the allocator
-    const size_t memory = ex.allocator->peak_bytes();
+    const size_t memory = ex.allocator->peak_bytes(), reserved = ex.allocator->reserved_bytes();
     const bool bf16_products = dtype == DType::bf16 || ex.matmul == MatmulPrecision::bf16;
     std::vector<double> seconds, bandwidth, rate;
     const auto measure_floor = [&] {
@@ -247,6 +248,7 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
         {"threads", ex.threads},
         {"dtype", name_of(dtype)},
         {"peak_gigabytes", static_cast<double>(memory) * 1e-9},
+        {"reserved_gigabytes", static_cast<double>(reserved) * 1e-9},
         {"tokens_per_second_best", static_cast<double>(test.tokens) / *std::ranges::min_element(seconds)}};
     if (test.steps > 0) {
         result["state_dtype"] = o.states.dtype;
@@ -327,7 +329,7 @@ void add_bench(CLI::App& app) {
     c->add_option("--train-batch", o->train_batch, "Sequences in it")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    c->add_flag("--recompute", o->recompute, "Training: layers again in the backward pass (cuda)");
+    add_recompute(*c, o->recompute);
     c->add_option("--repeats", o->repeats, "Measurements; the median counts")
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();

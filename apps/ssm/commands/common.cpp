@@ -36,6 +36,32 @@ Exec RunOptions::exec() const {
     return make_cpu_exec(threads);
 }
 
+void add_recompute(CLI::App& command, std::string& value) {
+    // A check does not see that there is no value.
+    const CLI::callback_t set = [&value](const CLI::results_t& given) {
+        value = given.empty() || given[0].empty() ? "layers" : given[0];
+        return true;
+    };
+    command
+        .add_option(
+            "--recompute", set,
+            "What a training step on a GPU computes again in its backward pass, for less memory: cheap "
+            "(the default there) what costs little, layers (also without a value) nearly all; none is "
+            "fastest")
+        ->type_name("[none|cheap|layers]")
+        ->check(CLI::IsMember({"none", "cheap", "layers"}))
+        ->expected(0, 1);
+}
+
+Recompute recompute_of(const std::string& value, Device device) {
+    if (device == Device::cpu) {
+        require(value.empty() || value == "none", "train", "--recompute is for --device cuda");
+        return Recompute::none;
+    }
+    if (value == "none") return Recompute::none;
+    return value == "layers" ? Recompute::layers : Recompute::cheap;
+}
+
 std::filesystem::path shipped_model() {
     namespace fs = std::filesystem;
     constexpr const char* kName = "models/stories";

@@ -26,6 +26,11 @@ struct RunOptions {
     DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
 };
 
+// --recompute [none|cheap|layers] of commands that train; without a value it means layers.
+void add_recompute(CLI::App& command, std::string& value);
+// Where the option was not given: cheap on a GPU, none on the CPU, which has no other.
+Recompute recompute_of(const std::string& value, Device device);
+
 // --state-dtype: what a decoder keeps its states as.
 struct StateOptions {
     std::string dtype = "f32";

@@ -37,7 +37,8 @@ struct Options {
     int64_t valid_tokens = 0;  // 0: all
     TrainOptions train;
     std::string device = "cpu", dtype = "f32";
-    bool recompute = false, deterministic = false;
+    std::string recompute;
+    bool deterministic = false;
     int threads = 0;
     bool untied = false, resume = false, json = false, quiet = false;
 };
@@ -139,7 +140,7 @@ void run(Options& o, const CLI::App& command) {
             "give one of --arch, --config and --init-from");
     require(!o.data.empty(), "train", "no text to train on: give --data FILE");
     const bool cuda = o.device == "cuda", bf16 = o.dtype == "bf16";
-    require(cuda || !o.recompute, "train", "--recompute is for --device cuda");
+    const Recompute recompute = recompute_of(o.recompute, cuda ? Device::cuda : Device::cpu);
     const Exec host = make_cpu_exec(o.threads);
     Exec ex = cuda ? make_cuda_exec() : host;
     ex.deterministic = o.deterministic;
@@ -160,8 +161,8 @@ void run(Options& o, const CLI::App& command) {
     o.train.files = {{"tokenizer.json", encoder.tokenizer_json},
                      {"generation_config.json", generation_config(encoder)}};
 
-    TrainedLanguageModel trained(
-        ex, *model, {.dtype = cuda && bf16 ? DType::bf16 : DType::f32, .recompute = o.recompute});
+    TrainedLanguageModel trained(ex, *model,
+                                 {.dtype = cuda && bf16 ? DType::bf16 : DType::f32, .recompute = recompute});
     if (!o.quiet)  // on a GPU with memory of its own, which is given back
         o.train.peak_flops =
             measure_matrix_rate(cuda ? make_cuda_exec() : ex, bf16 ? DType::bf16 : DType::f32);
@@ -261,8 +262,7 @@ void add_run_options(CLI::App& c, Options& o) {
     c.add_option("--device", o.device, "Where the model is")
         ->check(CLI::IsMember({"cpu", "cuda"}))
         ->capture_default_str();
-    c.add_flag("--recompute", o.recompute,
-               "Layers again in the backward pass: less memory, more work (cuda)");
+    add_recompute(c, o.recompute);
     c.add_flag("--deterministic", o.deterministic,
                "The same bytes from run to run (cuda; on the CPU always)");
     c.add_option("--dtype", o.dtype, "Of matrix products, on a GPU of activations too; weights stay f32")

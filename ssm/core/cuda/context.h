@@ -41,7 +41,7 @@ private:
     cublasLtHandle_t blas_ = nullptr;
 };
 
-// Device memory by size class, all of it used in the order of one stream.
+// Device memory, all of it used in the order of one stream.
 class DeviceAllocator final : public Allocator {
 public:
     explicit DeviceAllocator(std::shared_ptr<Context> context) : context_(std::move(context)) {}
@@ -55,6 +55,7 @@ public:
 protected:
     std::byte* allocate(size_t bytes) override;
     void release(std::byte* p, size_t bytes) noexcept override;
+    size_t smallest_piece() const override { return size_t{1} << 20; }
 
 private:
     std::shared_ptr<Context> context_;

@@ -55,7 +55,8 @@ std::vector<AdamWPiece> pieces_of(const std::vector<AdamWParameter>& parameters)
         for (int64_t i = 0; i < count; i += kAdamWPiece)
             pieces.push_back({p.param.data + i, p.grad.data + i, p.m.data + i, p.v.data + i,
                               p.rounded ? p.rounded.data + i : nullptr,
-                              static_cast<int32_t>(std::min(kAdamWPiece, count - i)), p.weight_decay});
+                              static_cast<int16_t>(std::min(kAdamWPiece, count - i)), p.keep_grad,
+                              p.weight_decay});
     }
     return pieces;
 }
@@ -112,12 +113,13 @@ void adamw_step(const Exec& ex, const AdamWTable& table, const AdamWOptions& opt
     for (const AdamWParameter& p : table.parameters()) {
         const int64_t count = p.param.shape[0];
         if (!good) {
-            std::fill_n(p.grad.data, count, 0.0f);
+            if (!p.keep_grad) std::fill_n(p.grad.data, count, 0.0f);
             continue;
         }
         c.decay = static_cast<float>(1.0 - static_cast<double>(rates.data[0]) *
                                                static_cast<double>(p.weight_decay));
-        cpu::adamw_step(ex, count, p.param.data, p.grad.data, p.m.data, p.v.data, p.rounded.data, c);
+        cpu::adamw_step(ex, count, p.param.data, p.grad.data, p.m.data, p.v.data, p.rounded.data, c,
+                        p.keep_grad);
     }
 }
 

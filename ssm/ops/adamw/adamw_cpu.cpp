@@ -20,7 +20,7 @@ using DF = hn::ScalableTag<float>;
 using VF = hn::Vec<DF>;
 
 void AdamWRun(int64_t n, float* param, float* grad, float* m, float* v, bf16* rounded,
-              const AdamWConstants& c) {
+              const AdamWConstants& c, bool keep_grad) {
     const DF d;
     const VF beta1 = hn::Set(d, c.beta1), g1 = hn::Set(d, c.g1), beta2 = hn::Set(d, c.beta2),
              g2 = hn::Set(d, c.g2), decay = hn::Set(d, c.decay), rate = hn::Set(d, c.rate),
@@ -34,7 +34,7 @@ void AdamWRun(int64_t n, float* param, float* grad, float* m, float* v, bf16* ro
         Store(d, new_v, v + i, lanes);
         const VF new_param = hn::MulSub(decay, Load(d, param + i, lanes), step);
         Store(d, new_param, param + i, lanes);
-        Store(d, zero, grad + i, lanes);
+        if (!keep_grad) Store(d, zero, grad + i, lanes);
         if (rounded != nullptr) Store(d, new_param, rounded + i, lanes);
     });
 }
@@ -77,11 +77,11 @@ constexpr int64_t kGrainElements = 16384;
 }  // namespace
 
 void adamw_step(const Exec& ex, int64_t count, float* param, float* grad, float* m, float* v, bf16* rounded,
-                const AdamWConstants& c) {
+                const AdamWConstants& c, bool keep_grad) {
     const auto kernel = HWY_DYNAMIC_DISPATCH(AdamWRun);
     parallel_for(ex, count, kGrainElements, [&](int64_t begin, int64_t end) {
         kernel(end - begin, param + begin, grad + begin, m + begin, v + begin,
-               rounded != nullptr ? rounded + begin : nullptr, c);
+               rounded != nullptr ? rounded + begin : nullptr, c, keep_grad);
     });
 }
 

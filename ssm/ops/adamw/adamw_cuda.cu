@@ -57,7 +57,7 @@ struct Elements {
         store_pack(p.m + i, m);
         store_pack(p.v + i, v);
         store_pack(p.param + i, param);
-        store_pack(p.grad + i, Pack<float, N>{});
+        if (!p.keep_grad) store_pack(p.grad + i, Pack<float, N>{});
         if (p.rounded == nullptr) return;
         Pack<bf16, N> rounded;
 #pragma unroll
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) Step(const __grid_constant__ StepPar
     const AdamWPiece p = params.pieces[blockIdx.x];
     const float norm = params.norm[0];
     if (!(fabsf(norm) < INFINITY)) {
-        for (int i = threadIdx.x; i < p.count; i += kThreads) p.grad[i] = 0.0f;
+        for (int i = threadIdx.x; !p.keep_grad && i < p.count; i += kThreads) p.grad[i] = 0.0f;
         return;
     }
     const AdamWConstants c = constants_of(params, norm, p.weight_decay);

@@ -21,15 +21,16 @@ inline constexpr int64_t kAdamWPiece = 4096;
 struct alignas(16) AdamWPiece {
     float *param, *grad, *m, *v;
     bf16* rounded;  // or null
-    int32_t count;
+    int16_t count;
+    bool keep_grad;
     float weight_decay;
 };
 
 namespace cpu {
 
-// One parameter; `rounded` may be null. Sets grad to zero.
+// One parameter; `rounded` may be null. Sets grad to zero unless keep_grad.
 void adamw_step(const Exec& ex, int64_t count, float* param, float* grad, float* m, float* v, bf16* rounded,
-                const AdamWConstants& c);
+                const AdamWConstants& c, bool keep_grad);
 
 double squared_norm(const Exec& ex, int64_t count, const float* x);
 

@@ -146,6 +146,21 @@ TEST(AdamW, BrokenNormLeavesAllButTheGradients) {
     }
 }
 
+TEST(AdamW, KeepsGradientsThatAreSetAnew) {
+    for (const float norm : {1.0f, NAN}) {
+        State s(100), zeroed(100);
+        const std::vector<float> grad = s.grad;
+        AdamWParameter p = s.parameter();
+        p.keep_grad = true;
+        adamw_step(make_cpu_exec(2), AdamWTable(make_cpu_exec(2), {p}), {}, {Rates{}.values({}).data(), {3}},
+                   {&norm, {1}});
+        zeroed.step(make_cpu_exec(2), {}, {}, norm);
+        EXPECT_EQ(s.grad, grad);
+        EXPECT_EQ(s.param, zeroed.param);
+        EXPECT_EQ(zeroed.grad, std::vector<float>(100, 0.0f));
+    }
+}
+
 TEST(AdamW, RoundedCopy) {
     const Exec ex = make_cpu_exec(2);
     for (const int64_t count : {1, 17, 40000}) {

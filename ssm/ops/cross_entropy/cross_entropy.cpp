@@ -88,7 +88,7 @@ void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeig
 void linear_cross_entropy_backward(const Exec& ex, const Tensor& hidden, const Tensor& weight,
                                    View<const int32_t, 1> targets, View<const float, 1> grad_nll,
                                    View<float, 1> nll, const Tensor& grad_hidden, View<float, 2> grad_weight,
-                                   bool set_hidden) {
+                                   LinearCrossEntropySet set) {
     constexpr std::string_view op = "linear_cross_entropy_backward";
     require_device(op, ex);
     check_backward(op, ex, hidden, weight, grad_hidden);
@@ -105,7 +105,7 @@ void linear_cross_entropy_backward(const Exec& ex, const Tensor& hidden, const T
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda)
             return cuda::linear_cross_entropy_backward(
-                ex, {hidden, weight, targets, grad_nll, nll, grad_hidden, grad_weight, set_hidden});
+                ex, {hidden, weight, targets, grad_nll, nll, grad_hidden, grad_weight, set});
     }
     const int64_t tile = tile_rows(t, v);
     const Tensor logits = Tensor::empty(ex, {tile, v});
@@ -116,7 +116,7 @@ void linear_cross_entropy_backward(const Exec& ex, const Tensor& hidden, const T
         cross_entropy_detail::nll_and_gradients_of_rows(
             ex, {end - at, v, logits.data<float>(), targets.data + at, nll.data + at, grad_nll.data + at});
         linear_backward(ex, rows, x, weight, grad_hidden ? grad_hidden.rows(at, end) : Tensor(), grad_weight,
-                        {}, {.x = set_hidden});
+                        {}, {.x = set.hidden, .weight = set.weight && at == 0});
     }
 }
 

@@ -20,15 +20,18 @@ namespace ssm {
 void linear_cross_entropy(const Exec& ex, const Tensor& hidden, const PackedWeight& weight,
                           View<const int32_t, 1> targets, View<float, 1> nll);
 
-// nll, and the gradients of sum_t grad_nll[t] nll[t] added to grad_hidden [t e] (written, with set_hidden)
-// and grad_weight [v e]; either may be absent. One pass: the logits of a tile serve the loss and both
-// gradients. Types: grad_hidden has hidden's, grad_weight is f32. On the CPU all are f32. On a GPU hidden and
-// weight are f32 or bf16, in any mix; the products are bf16 when the weight is or ex.matmul says so, the
-// logits and the softmax f32.
+// nll, and the gradients of sum_t grad_nll[t] nll[t] added to grad_hidden [t e] and grad_weight [v e], or
+// written there (not with t = 0), where `set` names it; either may be absent. One pass: the logits of a tile
+// serve the loss and both gradients. Types: grad_hidden has hidden's, grad_weight is f32. On the CPU all are
+// f32. On a GPU hidden and weight are f32 or bf16, in any mix; the products are bf16 when the weight is or
+// ex.matmul says so, the logits and the softmax f32.
+struct LinearCrossEntropySet {
+    bool hidden = false, weight = false;
+};
 void linear_cross_entropy_backward(const Exec& ex, const Tensor& hidden, const Tensor& weight,
                                    View<const int32_t, 1> targets, View<const float, 1> grad_nll,
                                    View<float, 1> nll, const Tensor& grad_hidden, View<float, 2> grad_weight,
-                                   bool set_hidden = false);
+                                   LinearCrossEntropySet set = {});
 
 // mean[0] = the sum of nll, in f64 and a fixed order, over `counted`; where nll lies, without a wait.
 void mean_nll(const Exec& ex, View<const float, 1> nll, double counted, View<float, 1> mean);

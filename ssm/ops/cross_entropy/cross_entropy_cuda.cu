@@ -128,7 +128,7 @@ void linear_cross_entropy_backward(const Exec& ex, const LinearCrossEntropyBackw
                          .c = grad.raw(),
                          .c_dtype = grad.dtype(),
                          .c_stride = grad.stride(),
-                         .beta = call.set_hidden ? 0.0f : 1.0f});
+                         .beta = call.set.hidden ? 0.0f : 1.0f});
         }
         if (call.grad_weight)
             product(ex, {.m = v,
@@ -138,7 +138,7 @@ void linear_cross_entropy_backward(const Exec& ex, const LinearCrossEntropyBackw
                          .b = x,
                          .c = call.grad_weight.data,
                          .c_stride = call.grad_weight.stride,
-                         .beta = 1.0f});
+                         .beta = call.set.weight && at == 0 ? 0.0f : 1.0f});
     }
 }
 

@@ -78,11 +78,16 @@ void backward(benchmark::State& state, MatmulPrecision precision) {
                  grad_hidden = Tensor::zeros(cuda_exec(), {head.t, head.e}, dtype_of<T>),
                  grad_weight = Tensor::zeros(cuda_exec(), {head.v, head.e});
     const auto step = [&](int) {
-        cuda::linear_cross_entropy_backward(
-            ex,
-            {head.hidden, head.weight, head.targets.view<const int32_t, 1>(), grad_nll.view<const float, 1>(),
-             head.nll.view<float, 1>(), grad_hidden, grad_weight.view<float, 2>(), true},
-            head.tile_bytes(state));
+        cuda::linear_cross_entropy_backward(ex,
+                                            {head.hidden,
+                                             head.weight,
+                                             head.targets.view<const int32_t, 1>(),
+                                             grad_nll.view<const float, 1>(),
+                                             head.nll.view<float, 1>(),
+                                             grad_hidden,
+                                             grad_weight.view<float, 2>(),
+                                             {.hidden = true}},
+                                            head.tile_bytes(state));
     };
     step(0);
     head.verify(round ? 1e-2 : 1e-4);

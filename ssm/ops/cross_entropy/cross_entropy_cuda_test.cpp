@@ -81,7 +81,7 @@ struct How {
     int64_t apart = 0, tile_bytes = 0;
     float start = kGradientStart;
     DType hidden = DType::f32, weight = DType::f32;
-    bool set_hidden = false;
+    bool set_hidden = false, set_weight = false;
 };
 
 Got backward(const Exec& ex, const Case& c, const How& how = {}) {
@@ -101,19 +101,25 @@ Got backward(const Exec& ex, const Case& c, const How& how = {}) {
     };
     const Tensor hidden = spread(c.hidden, c.t, how.hidden), weight = spread(c.weight, c.v, how.weight),
                  grad_hidden = spread(started(c.t * c.e, how.set_hidden), c.t, how.hidden),
-                 grad_weight = spread(started(c.v * c.e, false), c.v, DType::f32),
+                 grad_weight = spread(started(c.v * c.e, how.set_weight), c.v, DType::f32),
                  targets = on_device(c.targets, {c.t}, ex), grad_nll = on_device(c.grad_nll, {c.t}, ex),
                  nll = on_device(nan_vector(c.t), {c.t}, ex);
     const auto ids = targets.view<const int32_t, 1>();
     const auto g = grad_nll.view<const float, 1>();
     if (how.tile_bytes > 0) {
         cuda::linear_cross_entropy_backward(ex,
-                                            {hidden, weight, ids, g, nll.view<float, 1>(), grad_hidden,
-                                             grad_weight.view<float, 2>(), how.set_hidden},
+                                            {hidden,
+                                             weight,
+                                             ids,
+                                             g,
+                                             nll.view<float, 1>(),
+                                             grad_hidden,
+                                             grad_weight.view<float, 2>(),
+                                             {how.set_hidden, how.set_weight}},
                                             how.tile_bytes);
     } else {
         linear_cross_entropy_backward(ex, hidden, weight, ids, g, nll.view<float, 1>(), grad_hidden,
-                                      grad_weight.view<float, 2>(), how.set_hidden);
+                                      grad_weight.view<float, 2>(), {how.set_hidden, how.set_weight});
     }
     Got got{from_device<float>(nll), {}, from_device<float>(grad_weight)};
     if (how.hidden == DType::bf16) {
@@ -176,7 +182,9 @@ void check_gradients(const Case& c, const How& how, MatmulPrecision precision) {
     std::vector<double> want_hidden = want.grad_hidden;
     for (double& x : want_hidden) x -= how.set_hidden ? static_cast<double>(how.start) : 0.0;
     expect_close(got.grad_hidden, want_hidden, tolerance, "grad_hidden");
-    expect_close(got.grad_weight, want.grad_weight, tolerance, "grad_weight");
+    std::vector<double> want_weight = want.grad_weight;
+    for (double& x : want_weight) x -= how.set_weight ? static_cast<double>(how.start) : 0.0;
+    expect_close(got.grad_weight, want_weight, tolerance, "grad_weight");
 }
 
 TEST(LinearCrossEntropyCuda, GradientsMatchReference) {
@@ -186,7 +194,11 @@ TEST(LinearCrossEntropyCuda, GradientsMatchReference) {
         for (const int64_t apart : {0, 3, 8}) {
             const float start = apart > 0 ? kGradientStart : 0.0f;  // 0: small gradients show
             for (const int64_t tile_bytes : {int64_t{0}, tile}) {
-                How how{.apart = apart, .tile_bytes = tile_bytes, .start = start, .set_hidden = apart == 8};
+                How how{.apart = apart,
+                        .tile_bytes = tile_bytes,
+                        .start = start,
+                        .set_hidden = apart == 8,
+                        .set_weight = apart != 3};
                 check_gradients(c, how, MatmulPrecision::f32);
                 check_gradients(c, how, MatmulPrecision::bf16);
                 how.hidden = DType::bf16;

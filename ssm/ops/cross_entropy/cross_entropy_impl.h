@@ -6,6 +6,7 @@
 #include "ssm/core/exec.h"
 #include "ssm/core/tensor.h"
 #include "ssm/core/view.h"
+#include "ssm/ops/cross_entropy/cross_entropy.h"
 #include "ssm/ops/linear/linear.h"
 
 namespace ssm::cross_entropy_detail {
@@ -47,7 +48,7 @@ struct LinearCrossEntropyBackward {
     View<float, 1> nll;
     Tensor grad_hidden;
     View<float, 2> grad_weight;
-    bool set_hidden = false;
+    LinearCrossEntropySet set = {};
 };
 void linear_cross_entropy_backward(const Exec& ex, const LinearCrossEntropyBackward& call,
                                    int64_t tile_bytes = kTileBytes);

@@ -169,10 +169,11 @@ TEST_P(CrossEntropyBackward, GradientsMatchFiniteDifferences) {
         expect_close(nll, reference(hd, wd, targets, e), tolerance, "nll");
         expect_close(added(grad_h), finite_differences(hd, loss), tolerance, "grad_hidden");
         expect_close(added(grad_w), finite_differences(wd, loss), tolerance, "grad_weight");
-        std::vector<float> set_h = nan_vector(t * e);
+        std::vector<float> set_h = nan_vector(t * e), set_w = nan_vector(v * e);
         linear_cross_entropy_backward(ex, ht, wt, view_of(targets), view_of(g), view_of(nll),
-                                      borrowed(set_h, t, e), {}, true);
+                                      borrowed(set_h, t, e), {set_w.data(), {v, e}}, {true, true});
         expect_close(set_h, finite_differences(hd, loss), tolerance, "grad_hidden, set");
+        expect_close(set_w, finite_differences(wd, loss), tolerance, "grad_weight, set");
     }
 }
 
@@ -210,6 +211,10 @@ TEST(CrossEntropyTiles, AddUp) {
     expect_close(nll, nll_one, 1e-6, "nll");
     expect_close(grad_h, grad_h_one, 1e-5, "grad_hidden");
     expect_close(grad_w, grad_w_one, 1e-5, "grad_weight");
+    std::vector<float> set_w = nan_vector(v * e);
+    linear_cross_entropy_backward(ex, ht, wt, view_of(targets), view_of(g), view_of(nll), {},
+                                  View<float, 2>(set_w.data(), {v, e}), {.weight = true});
+    expect_close(set_w, grad_w, 1e-6, "grad_weight, set");
     std::vector<float> again = nan_vector(t);
     linear_cross_entropy_backward(make_cpu_exec(1), ht, wt, view_of(targets), view_of(g), view_of(again), {},
                                   {});

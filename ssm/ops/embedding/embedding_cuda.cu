@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(kThreads) Forward(const __grid_constant__ Forw
 // second pass adds a long run's parts. Fixed order, no atomics; and an id that is most of the text (a blank,
 // a comma) is summed by as many blocks as it fills.
 constexpr int kSegment = 128;
+constexpr int kTogether = 8;  // tokens whose rows are on their way at once
 
 struct BackwardParams {
     const int32_t* ids;     // [t] ascending
@@ -67,21 +68,38 @@ __global__ void __launch_bounds__(kThreads) SumSegments(const __grid_constant__ 
     __syncthreads();
     const bool from_before = begin > 0 && p.ids[begin - 1] == ids[0];
     const bool goes_on = begin + count < p.t && p.ids[begin + count] == ids[count - 1];
-    for (int64_t j = threadIdx.x; j < p.grad_weight.shape[1]; j += kThreads) {
-        for (int first = 0, last = 0; first < count; first = last) {
-            float sum = 0;
-            for (last = first; last < count && ids[last] == ids[first]; ++last) {
+    const auto row = [&](int i) { return ids[i] * p.grad_weight.stride; };
+    for (int64_t j = blockIdx.y * kThreads + threadIdx.x; j < p.grad_weight.shape[1];
+         j += int64_t{gridDim.y} * kThreads) {
+        float sum = 0;
+        bool begun = from_before;  // the run of now, before this segment
+        for (int first = 0; first < count; first += kTogether) {
+            float grad[kTogether], weight[kTogether];
+            bool ends[kTogether];  // a run that ends here; its row is read before any other's is written
+#pragma unroll
+            for (int u = 0; u < kTogether; ++u) {
+                const int i = first + u;
+                if (i >= count) continue;
+                ends[u] = i + 1 == count ? !goes_on : ids[i + 1] != ids[i];
+                grad[u] = p.grad_y.data[tokens[i] * p.grad_y.stride + j];
+                if (ends[u] && p.known(ids[i])) weight[u] = p.grad_weight.data[row(i) + j];
             }
-#pragma unroll 8
-            for (int i = first; i < last; ++i) sum += p.grad_y.data[tokens[i] * p.grad_y.stride + j];
-            if (last == count && goes_on) {
-                p.part(segment, 1)[j] = sum;
-            } else if (first == 0 && from_before) {
-                p.part(segment, 0)[j] = sum;
-            } else if (p.known(ids[first])) {
-                p.grad_weight.data[ids[first] * p.grad_weight.stride + j] += sum;
+#pragma unroll
+            for (int u = 0; u < kTogether; ++u) {
+                const int i = first + u;
+                if (i >= count) continue;
+                sum += grad[u];
+                if (!ends[u]) continue;
+                if (begun) {
+                    p.part(segment, 0)[j] = sum;
+                } else if (p.known(ids[i])) {
+                    p.grad_weight.data[row(i) + j] = weight[u] + sum;
+                }
+                begun = false;
+                sum = 0;
             }
         }
+        if (goes_on) p.part(segment, 1)[j] = sum;
     }
 }
 
@@ -152,7 +170,8 @@ void embedding_backward(const Exec& ex, View<const int32_t, 1> ids, View<const f
     const int64_t segments = (t + kSegment - 1) / kSegment;
     const Scratch<float> parts(ex, static_cast<size_t>(2 * segments * grad_y.shape[1]));
     const BackwardParams p{sorted.data(), tokens.data(), t, grad_y, grad_weight, parts.data()};
-    SumSegments<<<static_cast<unsigned>(segments), kThreads, 0, stream_of(ex)>>>(p);
+    const dim3 grid(static_cast<unsigned>(segments), blocks_for(grad_y.shape[1], kThreads));
+    SumSegments<<<grid, kThreads, 0, stream_of(ex)>>>(p);
     check_launch("embedding");
     AddParts<<<static_cast<unsigned>(segments), kThreads, 0, stream_of(ex)>>>(p);
     check_launch("embedding");

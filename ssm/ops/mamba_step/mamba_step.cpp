@@ -54,13 +54,13 @@ void mamba_step(const Exec& ex, const MambaStepInputs& in, const Tensor& state, 
     }
     if (state.dtype() != DType::f32) fail(ErrorCode::unsupported, kOp, "bf16 states need a GPU");
     const int64_t r = in.dt_weight.weight().dim(1), n = in.A.shape[1];
-    const Tensor delta = Tensor::empty(ex, in.x.shape());
+    const Tensor delta = Tensor::empty(ex, in.x.shape(), in.x.dtype());
     linear(ex, part(ex, in, 0, r), in.dt_weight, {}, delta);
     const Tensor B = part(ex, in, r, r + n), C = part(ex, in, r + n, r + 2 * n);
     dispatch_activation(in.x.dtype(), kOp, [&]<class T>() {
         SelectiveScanInputs<T> scan;
         scan.u = in.x.view<const T, 2>();
-        scan.delta = delta.view<const float, 2>();
+        scan.delta = delta.view<const T, 2>();
         scan.A = in.A;
         scan.B = B.view<const float, 2>();
         scan.C = C.view<const float, 2>();

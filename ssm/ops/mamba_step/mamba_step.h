@@ -10,10 +10,12 @@
 //            dt_bias, D: [d] f32 or absent   A: [d n] f32   state: [t d n] f32, on a GPU bf16 too, with
 //            slots [any d n].
 //            Rows may be strided. `y` may be `x` or `z`.
-// Numerics   f32 (y is of h before a bf16 state rounds it); delta is rounded to a bf16 dt_weight's type where
-// the operators run one after another. Cost       8 t d n bytes of state (bf16: 4) and d r of dt_weight:
-// bandwidth bound; t n d exponentials. GPU        one kernel; else selective_scan_step after linear.
-// dt_weight, A, D and dt_bias must not have been
+// Numerics   f32 (y is of h before a bf16 state rounds it); where the operators run one after another the
+//            low rank is rounded to a bf16 dt_weight's type, and W_dt delta to x's.
+//
+// Cost       8 t d n bytes of state (bf16: 4) and d r of dt_weight: bandwidth bound; t n d exponentials.
+//
+// GPU        one kernel; else selective_scan_step after linear. dt_weight, A, D, dt_bias must not have been
 //            written by the kernel before.
 #pragma once
 

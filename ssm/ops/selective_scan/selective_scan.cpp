@@ -96,6 +96,8 @@ void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
     require_shape(kOp, "grad_y", "t d", grad_y, in.u.shape);
     require_shape_if(kOp, "grad_final_state", "s d n", grad_final_state, {s, d, n});
     check_gradients(in, grad, s);
+    require_shape_if(kOp, "y", "t d", grad.y, in.u.shape);
+    require(!grad.y || ex.device != Device::cpu, kOp, "only a GPU gives y again");
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda)
             return cuda::selective_scan_backward(ex, in, chunk_states, grad_y, grad_final_state, grad,

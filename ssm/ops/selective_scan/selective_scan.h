@@ -6,11 +6,11 @@
 //   y[t,d]   = (sum_n C[t,n] h[t,d,n] + D[d] u[t,d]) silu(z[t,d])            D, z optional
 //
 // Source     Gu & Dao 2023 (Mamba), algorithm 2; B discretised by Euler's rule as in their code.
-// Shapes     u, z, y: [t d] of T (f32 or bf16)   delta: [t d] f32   A: [d n] f32 (negative)   B, C: [t n] f32
+// Shapes     u, delta, z, y: [t d] of T (f32 or bf16)   A: [d n] f32 (negative)   B, C: [t n] f32
 //            D, delta_bias: [d] f32   cu_seqlens: [s+1]   initial_state, final_state: [s d n] f32
 //            Rows may be strided (slices of a projection). `y` may alias `u` or `z`, not the rest.
 // Numerics   state and sums in f32; rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16 activations).
-// Cost       per token and channel: n exp, 5n + 12 FLOP; (3 T-sized + 4) bytes streamed. Bound by exp, not by
+// Cost       per token and channel: n exp, 5n + 12 FLOP; 4 T-sized numbers streamed. Bound by exp, not by
 //            memory: the state stays in registers and is never written per token.
 // GPU        n <= 64 (the step: any n). Deterministic always. In bf16 y, grad B and grad C sum terms of ten
 //            bits. A split in time takes decays below 2^-64 for zero. Scratch of the backward pass: 2 t n d /
@@ -26,7 +26,7 @@ namespace ssm {
 template <class T>
 struct SelectiveScanInputs {
     View<const T, 2> u;                  // [t d]
-    View<const float, 2> delta;          // [t d]
+    View<const T, 2> delta;              // [t d]
     View<const float, 2> A;              // [d n]
     View<const float, 2> B;              // [t n]
     View<const float, 2> C;              // [t n]
@@ -65,22 +65,24 @@ struct SelectiveScanSet {
     bool u = false, delta = false, B = false, C = false, z = false;
 };
 
-// Gradients: of u and z of their type, the others f32. Added to unless `set` says otherwise (bf16 is added in
-// f32 and rounded); absent ones are not computed.
+// Gradients: of u, delta and z of their type, the others f32. Added to unless `set` says otherwise (bf16 is
+// added in f32 and rounded); absent ones are not computed.
 template <class T>
 struct SelectiveScanGradients {
-    View<T, 2> u;  // shapes of the inputs
-    View<float, 2> delta, A, B, C;
+    View<T, 2> u, delta;  // shapes of the inputs
+    View<float, 2> A, B, C;
     View<float, 1> D;
     View<T, 2> z;
     View<float, 1> delta_bias;
     View<float, 3> initial_state;
     SelectiveScanSet set = {};
+    View<T, 2> y = {};  // on a GPU: y once more, written; it may lie where grad_y does
 };
 
 // The gradients of sum(grad_y * y) + sum(grad_final_state * final_state); grad_final_state may be absent.
 // The states inside a chunk are recomputed from chunk_states. The result does not depend on timing. T is f32,
-// on a GPU bf16 too. No gradient may alias an input or grad_y.
+// on a GPU bf16 too. No gradient may alias an input or grad_y. y differs from the
+// forward pass's by the rounding of its sums.
 template <class T>
 void selective_scan_backward(const Exec& ex, const SelectiveScanInputs<T>& in,
                              View<const float, 3> chunk_states, View<const T, 2> grad_y,

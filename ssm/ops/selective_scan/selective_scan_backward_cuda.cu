@@ -44,16 +44,18 @@ __device__ inline void give_pairs(const View<T, 2>& to, int64_t t0, int count, c
 
 // One pair, from what the walk down left.
 struct PairGradients {
-    float u, delta, z, D;
+    float u, delta, z, D, y;
 };
 __device__ inline PairGradients pair_gradients(float u, float z, float grad_y, float D, float dt, float Ch,
                                                float2 sums, bool gated) {
     PairGradients r{};
     float g = grad_y;
+    r.y = fmaf(D, u, Ch);
     if (gated) {
         const float slope = sigmoid_fast(z);
-        r.z = g * fmaf(D, u, Ch) * silu_slope(z, slope);
+        r.z = g * r.y * silu_slope(z, slope);
         g *= z * slope;
+        r.y *= z * slope;
     }
     r.u = fmaf(D, g, dt * sums.x);
     r.delta = fmaf(u, sums.x, sums.y * kLn2);
@@ -68,9 +70,8 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
     using Shape = Block<K, S>;
     const int channel = Shape::channel();
     if (c.d0 + channel >= p.u.shape[1]) return;
-    float2 gu[Shape::kTwos], gdelta[Shape::kTwos], gz[Shape::kTwos];
-    PairTile<T, K, S> us, zs, grads;  // read again: kept, they would cost a block its registers
-    PairTile<float, K, S> deltas;
+    float2 gu[Shape::kTwos], gdelta[Shape::kTwos], gz[Shape::kTwos], y[Shape::kTwos];
+    PairTile<T, K, S> us, zs, deltas, grads;  // read again: kept, they would cost a block its registers
     us.load(p.u, t0, count, c), zs.load(p.z, t0, count, c);
     deltas.load(p.delta, t0, count, c), grads.load(p.grad_y, t0, count, c);
     const bool gated = p.z.data != nullptr;
@@ -86,6 +87,7 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
                             b = pair_gradients(u.y, z.y, g.y, D.y, step.at[2], Ch.at[1],
                                                {both.at[2], both.at[3]}, gated);
         gu[i] = {a.u, b.u}, gdelta[i] = {a.delta, b.delta}, gz[i] = {a.z, b.z};
+        y[i] = {a.y, b.y};
         if (t < count) sums.D.x += a.D, sums.D.y += b.D;
     }
     if (p.softplus) {
@@ -102,6 +104,7 @@ __device__ inline void finish_pairs(const BackwardParams<T>& p, const BackwardSh
     give_pairs(p.grad_u, t0, count, c, gu, p.set.u);
     give_pairs(p.grad_delta, t0, count, c, gdelta, p.set.delta);
     give_pairs(p.grad_z, t0, count, c, gz, p.set.z);
+    give_pairs(p.y, t0, count, c, y, true);  // over grad_y, where this thread has read it
 }
 
 // Sums of the rows that tokens kFlush * `flush` ... left, four at a time.
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, S == 4 ? 3 : 2)
     for (int64_t t0 = last; t0 >= span.begin && span.end > span.begin; t0 -= kTile) {
         const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
         float2 dt[Shape::kTwos], g[Shape::kTwos];
-        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
+        steps_of<T, K, S>(dt, x.delta, bias, p.softplus, count);
         x.gradients(g, p.z.data != nullptr, inside, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
@@ -274,13 +277,13 @@ BackwardParams<T> make_params(const SelectiveScanInputs<T>& in, View<const T, 2>
     BackwardParams<T> p{};
     require_stride(in.u), require_stride(in.z), require_stride(in.delta), require_stride(grad_y);
     require_stride(in.B), require_stride(in.C);
-    require_stride(grad.u), require_stride(grad.delta), require_stride(grad.z);
+    require_stride(grad.u), require_stride(grad.delta), require_stride(grad.z), require_stride(grad.y);
     p.u = in.u, p.z = in.z, p.delta = in.delta, p.A = in.A, p.B = in.B, p.C = in.C, p.grad_y = grad_y;
     p.D = in.D.data, p.bias = in.delta_bias.data, p.softplus = in.delta_softplus;
     p.grad_u = grad.u, p.grad_delta = grad.delta, p.grad_z = grad.z, p.set = grad.set;
-    p.grad_initial = grad.initial_state.data;
+    p.grad_initial = grad.initial_state.data, p.y = grad.y;
     p.paired = paired(in.u) && paired(in.z) && paired(in.delta) && paired(grad_y) && paired(grad.u) &&
-               paired(grad.delta) && paired(grad.z);
+               paired(grad.delta) && paired(grad.z) && paired(grad.y);
     p.packed = packed_rows(in.B) && packed_rows(in.C);
     return p;
 }

@@ -12,8 +12,8 @@ namespace ssm::cuda {
 
 template <class T>
 struct BackwardParams {
-    View<const T, 2> u, z, grad_y;
-    View<const float, 2> delta, A, B, C;
+    View<const T, 2> u, delta, z, grad_y;
+    View<const float, 2> A, B, C;
     const float* D;
     const float* bias;
     bool softplus;
@@ -21,8 +21,8 @@ struct BackwardParams {
     int64_t d_blocks;
     const float* states;    // [tiles d n]: entering each tile of kTile tokens
     const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
-    View<T, 2> grad_u, grad_z;
-    View<float, 2> grad_delta;
+    View<T, 2> grad_u, grad_delta, grad_z;
+    View<T, 2> y;  // absent, or once more
     SelectiveScanSet set;
     float* grad_initial;  // [s d n]
     // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of
@@ -35,8 +35,7 @@ struct BackwardParams {
 
 template <class T, int K, int S>
 struct BackwardIncoming {
-    PairTile<T, K, S> u, z, grad_y;
-    PairTile<float, K, S> delta;
+    PairTile<T, K, S> u, delta, z, grad_y;
     RowTile<K, S> B, C;
     float state[K];
 

@@ -84,8 +84,8 @@ struct Data {
     Shape shape;
     int64_t t, chunks;
     std::vector<int64_t> cu{0};
-    std::vector<T> u, z, y;
-    std::vector<float> delta, A, B, C, D, bias, states, state, grad_y;
+    std::vector<T> u, delta, z, y;
+    std::vector<float> A, B, C, D, bias, states, state, grad_y;
     std::vector<float> gu, gdelta, gA, gB, gC, gD, gz, gbias;
     SelectiveScanInputs<T> in;
 
@@ -94,7 +94,7 @@ struct Data {
         chunks = selective_scan_chunks(cu, chunk);
         test::Random random(1);
         u = random.vector<T>(t * s.d), z = random.vector<T>(t * s.d), y = u;
-        delta = random.vector(t * s.d, -5.0f, -2.0f), A = random.vector(s.d * s.n, -16.0f, -1.0f);
+        delta = random.vector<T>(t * s.d, -5.0f, -2.0f), A = random.vector(s.d * s.n, -16.0f, -1.0f);
         B = random.vector(t * s.n), C = random.vector(t * s.n), D = random.vector(s.d);
         bias = random.vector(s.d), grad_y = random.vector(t * s.d);
         states.resize(chunks * s.d * s.n), state.resize(s.b * s.d * s.n);
@@ -152,7 +152,7 @@ void forward(benchmark::State& state, T, const Shape& shape, bool keep_states) {
     call();
     data.verify();
     for (auto _ : state) call();
-    report(state, shape, threads, static_cast<double>(data.t * shape.d) * (3 * sizeof(T) + 4));
+    report(state, shape, threads, static_cast<double>(data.t * shape.d) * 4 * sizeof(T));
 }
 
 template <class T>
@@ -169,7 +169,7 @@ void backward(benchmark::State& state, T, const Shape& shape) {
                                 View<const float, 2>(data.grad_y.data(), {data.t, shape.d}), {}, grad,
                                 {.chunk = chunk});
     }
-    report(state, shape, threads, static_cast<double>(data.t * shape.d) * (2 * sizeof(T) + 8 + 24));
+    report(state, shape, threads, static_cast<double>(data.t * shape.d) * (3 * sizeof(T) + 4 + 24));
 }
 
 template <class T>

@@ -6,8 +6,8 @@ namespace {
 
 template <class T>
 struct ScanParams {
-    View<const T, 2> u, z;
-    View<const float, 2> delta, A, B, C;
+    View<const T, 2> u, delta, z;
+    View<const float, 2> A, B, C;
     const float* D;
     const float* bias;
     bool softplus;
@@ -22,8 +22,7 @@ struct ScanParams {
 
 template <class T, int K, int S>
 struct Incoming {
-    PairTile<T, K, S> u, z;
-    PairTile<float, K, S> delta;
+    PairTile<T, K, S> u, delta, z;
     RowTile<K, S> B, C;
 
     template <bool kY>
@@ -52,7 +51,7 @@ struct Shared {
     template <bool kY>
     __device__ void stage(const Incoming<T, K, S>& x, int count, int64_t n, float2 bias, bool softplus) {
         float2 dt[Shape::kTwos];
-        steps_of<K, S>(dt, x.delta, bias, softplus, count);
+        steps_of<T, K, S>(dt, x.delta, bias, softplus, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
             const float2 u = x.u.floats(i);
@@ -297,7 +296,7 @@ __global__ void __launch_bounds__(kThreads) Combine(const __grid_constant__ Comb
 // kLanes lanes share a channel of a sequence.
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
-    Step(View<const T, 2> u, View<const T, 2> z, View<const float, 2> delta, View<const float, 2> A,
+    Step(View<const T, 2> u, View<const T, 2> z, View<const T, 2> delta, View<const float, 2> A,
          View<const float, 2> B, View<const float, 2> C, const float* D, const float* bias, bool softplus,
          View<float, 3> state, const int32_t* slots, View<T, 2> y) {
     const int64_t d = u.shape[1], n = A.shape[1];
@@ -305,7 +304,8 @@ __global__ void __launch_bounds__(kThreads)
     const bool mine = pair < u.shape[0] * d;
     const int64_t s = mine ? pair / d : 0, c = mine ? pair % d : 0;
     const float x = to_float(u.data[s * u.stride + c]);
-    const float dt = step_of(delta.data[s * delta.stride + c], bias != nullptr ? bias[c] : 0.0f, softplus);
+    const float dt =
+        step_of(to_float(delta.data[s * delta.stride + c]), bias != nullptr ? bias[c] : 0.0f, softplus);
     float* h = state.data + (slots != nullptr ? slots[s] : s) * state.stride + c * n;
     float sum = 0.0f;
     for (int64_t j = threadIdx.x % kLanes; mine && j < n; j += kLanes) {

@@ -110,7 +110,8 @@ void selective_scan_combine(const Exec& ex, const CombineParams& p, bool reverse
 template <class T>
 struct ReachParams {
     View<const T, 2> w, gate;  // u, which takes dt; in reverse grad_y, which takes silu(z) where there is one
-    View<const float, 2> delta, A, rows;
+    View<const T, 2> delta;
+    View<const float, 2> A, rows;
     const float* bias;
     bool softplus, paired, packed;
     Segments segments;

@@ -43,7 +43,7 @@ public:
         t_ = cu_.back();
         const bool softplus = c.flags.softplus;
         u_ = activations(c.d, -1, 1), z_ = activations(c.d, -3, 3);
-        delta_ = softplus ? rows(c.d, -4, 1) : rows(c.d, 0.01f, 0.1f);
+        delta_ = softplus ? activations(c.d, -4, 1) : activations(c.d, 0.01f, 0.1f);
         B_ = rows(c.n, -1, 1), C_ = rows(c.n, -1, 1), grad_y_ = activations(c.d, -1, 1);
         A_ = dense({c.d, c.n}, -4, c.slowest), D_ = dense({c.d}, -1, 1);
         bias_ = softplus ? dense({c.d}, -1, 1) : dense({c.d}, 0, 0.02f);
@@ -65,24 +65,25 @@ public:
         const int64_t wide = c_.d + c_.pad, narrow = c_.n + c_.pad;
         const auto start = [&](const Shape& shape) { return filled<float>(shape, test::kGradientStart); };
         const auto typed = [&](const Shape& shape) { return filled<T>(shape, test::kGradientStart); };
-        const Tensor u = typed({t_, wide}), delta = start({t_, wide}), z = typed({t_, wide}),
+        const Tensor u = typed({t_, wide}), delta = typed({t_, wide}), z = typed({t_, wide}),
                      A = start({c_.d, c_.n}), B = start({t_, narrow}), C = start({t_, narrow}),
                      D = start({c_.d}), bias = start({c_.d}), initial = start({s_, c_.d, c_.n});
         SelectiveScanGradients<T> grad{.set = c_.set};
         const Tensor wu = window(u, c_.d), wd = window(delta, c_.d), wz = window(z, c_.d),
                      wB = window(B, c_.n), wC = window(C, c_.n);
-        grad.u = wu.view<T, 2>(), grad.delta = wd.view<float, 2>(), grad.A = A.view<float, 2>();
+        grad.u = wu.view<T, 2>(), grad.delta = wd.view<T, 2>(), grad.A = A.view<float, 2>();
         grad.B = wB.view<float, 2>(), grad.C = wC.view<float, 2>(), grad.delta_bias = bias.view<float, 1>();
         if (c_.flags.D) grad.D = D.view<float, 1>();
         if (c_.flags.z) grad.z = wz.view<T, 2>();
         grad.initial_state = initial.view<float, 3>();
         View<const float, 3> grad_final;
         if (c_.flags.final_gradient) grad_final = grad_final_.view<const float, 3>();
-        selective_scan_backward<T>(ex_, inputs(), states_.view<const float, 3>(),
-                                   window(grad_y_, c_.d).template view<const T, 2>(), grad_final, grad,
-                                   c_.options);
+        const Tensor y = grad_y_.clone(), wy = window(y, c_.d);
+        if (ex_.device != Device::cpu) grad.y = wy.view<T, 2>();  // over grad_y
+        selective_scan_backward<T>(ex_, inputs(), states_.view<const float, 3>(), wy.view<const T, 2>(),
+                                   grad_final, grad, c_.options);
         Results all{{"u", floats<T>(u)},
-                    {"delta", floats<float>(delta)},
+                    {"delta", floats<T>(delta)},
                     {"z", floats<T>(z)},
                     {"A", floats<float>(A)},
                     {"B", floats<float>(B)},
@@ -91,6 +92,15 @@ public:
                     {"delta_bias", floats<float>(bias)},
                     {"initial_state", floats<float>(initial)}};
         for (auto& [name, values] : all) values = test::added(values);
+        all["y"] = floats<T>(y);
+        const std::vector<float> around = floats<T>(grad_y_);
+        const int64_t lead = c_.pad > 0 ? 1 : 0;
+        for (int64_t i = 0; i < t_ * wide; ++i) {  // between its rows nothing has changed
+            if (i % wide >= lead && i % wide < lead + c_.d) continue;
+            float& x = all["y"][static_cast<size_t>(i)];
+            EXPECT_EQ(x, around[static_cast<size_t>(i)]);
+            x = NAN;
+        }
         return all;
     }
     // Every token by a step; the rows of `inputs` are sequences, so all lengths must be equal.
@@ -112,7 +122,7 @@ public:
     SelectiveScanInputs<T> inputs() const {
         SelectiveScanInputs<T> in;
         in.u = window(u_, c_.d).template view<const T, 2>();
-        in.delta = window(delta_, c_.d).template view<const float, 2>();
+        in.delta = window(delta_, c_.d).template view<const T, 2>();
         in.A = A_.view<const float, 2>();
         in.B = window(B_, c_.n).template view<const float, 2>(),
         in.C = window(C_, c_.n).template view<const float, 2>();
@@ -178,9 +188,9 @@ constexpr bool kRounds = std::is_same_v<T, bf16>;
 template <class T>
 void compare(const Results& there, const Results& here) {
     for (const auto& [name, values] : here) {
-        // Gradients of u and z are rounded where they lie, at kGradientStart and more; sums over channels or
-        // states by the tensor cores have terms of ten bits.
-        const bool activation = name == "u" || name == "z";
+        // Gradients of u, delta and z are rounded where they lie, at kGradientStart and more; sums over
+        // channels or states by the tensor cores have terms of ten bits.
+        const bool activation = name == "u" || name == "delta" || name == "z";
         const bool sum = name == "B" || name == "C";
         const double tolerance = !kRounds<T>   ? 1e-5
                                  : activation  ? 2e-2
@@ -199,8 +209,11 @@ void check(const Case& c) {
                                     << static_cast<int>(c.options.time_parallel));
     Problem<float, T> here(cpu_exec(), c);
     Problem<T> there(test::cuda_exec(), c);
-    compare<T>(there.forward(), here.forward());
-    compare<T>(there.backward(), here.backward());
+    const Results y = here.forward();
+    compare<T>(there.forward(), y);
+    Results gradients = here.backward();
+    gradients["y"] = y.at("y");
+    compare<T>(there.backward(), gradients);
 }
 
 template <class T>

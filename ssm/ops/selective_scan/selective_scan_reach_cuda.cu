@@ -8,8 +8,7 @@ constexpr float kNothing = -64.0f;  // exponent of two from which on a decay is 
 
 template <class T, int K, int S>
 struct ReachIncoming {
-    PairTile<T, K, S> w, gate;
-    PairTile<float, K, S> delta;
+    PairTile<T, K, S> w, gate, delta;
     RowTile<K, S> rows;
 
     __device__ void load(const ReachParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
@@ -32,7 +31,7 @@ struct ReachShared {
         using Shape = Block<K, S>;
         const int64_t d = p.A.shape[0], n = p.A.shape[1], c = d0 + Shape::channel();
         float2 dt[Shape::kTwos];
-        steps_of<K, S>(dt, x.delta, bias, p.softplus, count);
+        steps_of<T, K, S>(dt, x.delta, bias, p.softplus, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
             float2 w = x.w.floats(i);

@@ -37,8 +37,8 @@ struct Problem {
     int64_t d, n, t, s, pad;
     std::vector<int64_t> cu;
     Flags flags;
-    std::vector<T> u, z;
-    std::vector<float> delta, A, B, C, D, bias, initial;
+    std::vector<T> u, delta, z;
+    std::vector<float> A, B, C, D, bias, initial;
     test::ScanReference reference;
 
     Problem(int64_t d_, int64_t n_, const std::vector<int64_t>& lengths, int64_t pad_ = 0, Flags flags_ = {},
@@ -49,14 +49,14 @@ struct Problem {
         Random random(seed);
         u = random.vector<T>((t + 1) * (d + pad));
         z = random.vector<T>((t + 1) * (d + pad), -3.0f, 3.0f);
-        delta = random.vector((t + 1) * (d + pad), -4.0f, 1.0f);
+        delta = random.vector<T>((t + 1) * (d + pad), -4.0f, 1.0f);
         A = random.vector(d * n, -4.0f, -0.01f);
         B = random.vector((t + 1) * (n + pad));
         C = random.vector((t + 1) * (n + pad));
         D = random.vector(d);
         bias = random.vector(d);
         if (!flags.softplus) {
-            for (float& x : delta) x = 0.02f * (x + 5.0f);
+            for (T& x : delta) x = static_cast<T>(0.02f * (static_cast<float>(x) + 5.0f));
             for (float& x : bias) x = 0.01f * (x + 1.0f);
         }
         initial = random.vector(s * d * n);

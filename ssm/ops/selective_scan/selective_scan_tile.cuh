@@ -184,9 +184,9 @@ __device__ inline float softplus_fast(float x) {
     return fmaf(p, s, fmaxf(x, 0.0f));
 }
 // dt of a tile's pairs: 0 past the end.
-template <int K, int S>
-__device__ inline void steps_of(float2 (&dt)[Block<K, S>::kTwos], const PairTile<float, K, S>& delta,
-                                float2 bias, bool with_softplus, int count) {
+template <class T, int K, int S>
+__device__ inline void steps_of(float2 (&dt)[Block<K, S>::kTwos], const PairTile<T, K, S>& delta, float2 bias,
+                                bool with_softplus, int count) {
     using Shape = Block<K, S>;
 #pragma unroll
     for (int i = 0; i < Shape::kTwos; ++i) {
