@@ -23,7 +23,7 @@ namespace {
 struct Options {
     RunOptions run;
     std::string model, shape, config;
-    int64_t prompt = 512, generate = 128, train_length = 0, train_batch = 4;
+    int64_t prompt = 512, generate = 128, depth = 0, train_length = 0, train_batch = 4;
     bool recompute = false;
     std::vector<int64_t> batches{1};
     int repeats = 5;
@@ -136,15 +136,19 @@ Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
             }};
 }
 
-// Greedy steps of b sequences; the host waits once, at the end.
-Test decode_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t t) {
+// Greedy steps of b sequences that have read `depth` tokens each; the host waits once, at the end.
+Test decode_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t t, int64_t depth) {
     const auto elements = static_cast<double>(model.matrix_elements()), batch = static_cast<double>(b);
     auto decoder = std::make_shared<Decoder>(ex, model, b);
     const double step_bytes = elements * static_cast<double>(size_of(model.dtype())) +
                               2.0 * batch * static_cast<double>(decoder->state_bytes_per_slot());
     std::vector<int32_t> slots;
-    for (int64_t i = 0; i < b; ++i) slots.push_back(static_cast<int32_t>(i));
-    const std::string name = b == 1 ? fmt::format("tg{}", t) : fmt::format("tg{}x{}", b, t);
+    for (int64_t i = 0; i < b; ++i) {
+        slots.push_back(static_cast<int32_t>(i));
+        if (depth > 0) decoder->read(i, random_ids(depth, model.vocab()));
+    }
+    std::string name = b == 1 ? fmt::format("tg{}", t) : fmt::format("tg{}x{}", b, t);
+    if (depth > 0) name += fmt::format("@{}", depth);
     return {name,
             b * t,
             {.flop = b > 1 ? 2 * elements * batch * static_cast<double>(t) : 0,
@@ -264,7 +268,7 @@ void run(const Options& o) {
     } else {
         if (o.prompt > 0) tests.push_back(prefill_test(ex, *model, o.prompt));
         for (const int64_t b : o.batches)
-            if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate));
+            if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate, o.depth));
     }
     GpuRates gpu;
     nlohmann::ordered_json results = nlohmann::ordered_json::array();
@@ -300,6 +304,9 @@ void add_bench(CLI::App& app) {
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     c->add_option("--tg", o->generate, "Tokens to write one by one; 0: not measured")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
+    c->add_option("--depth", o->depth, "Tokens that each sequence has read before it is written on")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
     c->add_option("--batch", o->batches, "Sequences written at once; several: each is measured")
