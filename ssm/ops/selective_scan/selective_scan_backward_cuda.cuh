@@ -25,9 +25,9 @@ struct BackwardParams {
     View<T, 2> y;  // absent, or once more
     SelectiveScanSet set;
     float* grad_initial;  // [s d n]
-    // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C), over the tokens of
-    // a segment [segments d n] and [2 segments d] (D, then delta_bias).
-    float* rows;
+    // Sums are left in pieces: over the channels of a block [d_blocks t 2 n] (B, then C; of T: many rounded
+    // sums make one), over the tokens of a segment [segments d n] and [2 segments d] (D, then delta_bias).
+    T* rows;
     float* states_A;
     float* channels;
     bool paired, packed, packed_states;  // see Two, RowTile, load_states
@@ -39,14 +39,13 @@ struct BackwardIncoming {
     RowTile<K, S> B, C;
     float state[K];
 
-    __device__ void load(const BackwardParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
-        const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
+    __device__ void load(const BackwardParams<T>& p, int64_t t0, int count, const Channels<K, S>& c) {
         delta.load(p.delta, t0, count, c);
         z.load(p.z, t0, count, c);
         grad_y.load(p.grad_y, t0, count, c);
-        C.load(p.C, t0, count, p.packed);
+        C.load(p.C, t0, count, p.packed, c.whole);
         u.load(p.u, t0, count, c);
-        B.load(p.B, t0, count, p.packed);
+        B.load(p.B, t0, count, p.packed, c.whole);
     }
     // Of what silu(z) gates: 0 where no such pair exists.
     __device__ void gradients(float2 (&g)[Block<K, S>::kTwos], bool gated, int inside, int count) const {
@@ -59,8 +58,8 @@ struct BackwardIncoming {
         if (gated) {
 #pragma unroll
             for (int i = 0; i < kTwos; ++i) {
-                const float2 v = z.floats(i);
-                g[i] = {g[i].x * silu_fast(v.x), g[i].y * silu_fast(v.y)};
+                const float2 v = silu_fast(z.floats(i));
+                g[i] = {g[i].x * v.x, g[i].y * v.y};
             }
         }
         if (count >= kTile) return;
@@ -75,12 +74,20 @@ struct BackwardShared {
     // Sums over a warp's channels leave kSets rows of a token, to be added after kFlush tokens.
     static constexpr int kSets = kThreads / kWarp * (kTensor<T, K, S> ? 2 : 1),
                          kFlush = kTensor<T, K, S> ? kTile / 2 : kTile;
-    Pack<float, K> q[kTile / 2][kThreads];          // of even tokens; the next one's is decay h
-    float2 step[kTile][Block<K, S>::kChannels];     // dt, dt u
-    float2 sums[kTile][Block<K, S>::kChannels];     // on the way down: gh B, e A
-    float gradient[kTile][Block<K, S>::kChannels];  // on the way down replaced by C h
+    static constexpr int kHalf = Block<K, S>::kChannels / 2;
+    static constexpr bool kKeeps = kTensor<T, K, S>;  // in f32 it would cost a block of the multiprocessor
+    Pack<float, K> q[kTile / 2][kThreads];            // of even tokens; the next one's is decay h
+    Pack<float, 4> pair[kTile][2 * kHalf];            // dt, dt u, gradient; then dt, C h, gh B, e A. See slot
     float B[kTile][K * S], C[kTile][K * S];
-    float rows[kFlush][kSets][2 * K * S];  // gradients of B, then C
+    float rows[kFlush][kSets][2 * K * S];                    // gradients of B, then C
+    Two<T> kept[kKeeps ? 3 : 1][kKeeps ? kTile : 1][kHalf];  // u, z, grad_y
+
+    // Where a channel's pairs lie: even ones, then odd ones, so that neither the threads of two channels nor
+    // a warp's eight channels meet in a bank.
+    __device__ static int slot(int channel) {
+        const int odd = channel % 2;
+        return odd * kHalf + (channel / 2 ^ (kHalf > 4 ? odd * 4 : 0));
+    }
 };
 
 // Sums of 2 K values over the warp's channels: each lane is left with kLeft of them, those from its
@@ -104,6 +111,7 @@ struct ChannelSums {
             half /= 2;
         }
     }
+    __device__ static int offset(int) { return 0; }
     __device__ void store(float* row, int lane) const {
 #pragma unroll
         for (int i = 0; i < kLeft; ++i) {
@@ -114,22 +122,25 @@ struct ChannelSums {
 };
 
 // The same by the tensor cores, for a warp of two times four channels, each half of them apart. Lane 16 i + 4
-// part + j has states of channel 4 i + j: rows of a product are (i, part), its summed index is j, and of its
-// columns those of the same i hold the sum. Lanes j = 2 i leave B's, lanes j = 2 i + 1 C's.
+// part + j has states of channel 4 i + j: rows of a product are (i, part), its summed index is j, once for gh
+// and once for h, and of its columns (i, part) those of the same i hold sums: of gh, the gradient of B, where
+// part < 2, since only there the factor of gh is not 0, and of h, the gradient of C, in the others. Lanes j =
+// 2 i leave B's, lanes j = 2 i + 1 C's.
 struct ChannelProducts {
-    float d[4][4];
+    float d[2][4];
 
-    __device__ void multiply(const float (&gh)[4], const float (&h)[4], float for_gh, float for_h) {
-        multiply_tf32(d[0], gh[0], gh[1], for_gh);
-        multiply_tf32(d[1], gh[2], gh[3], for_gh);
-        multiply_tf32(d[2], h[0], h[1], for_h);
-        multiply_tf32(d[3], h[2], h[3], for_h);
+    __device__ void multiply(const float (&gh)[4], const float (&h)[4], float for_gh, float for_h,
+                             bool of_B) {
+        const float x = of_B ? for_gh : 0.0f, g = of_B ? 0.0f : for_h;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) d[0][k] = d[1][k] = 0.0f;
+        multiply_tf32(d[0], gh[0], gh[1], h[0], h[1], x, g);
+        multiply_tf32(d[1], gh[2], gh[3], h[2], h[3], x, g);
     }
+    // Where a lane's sums lie in the rows of a token; whether it leaves any.
+    __device__ static int offset(int lane) { return lane / 16 * 32 + lane % 2 * 16 + lane / 4 % 4 * 4; }
     __device__ void store(float* row, int lane) const {
-        const bool of_C = lane % 2 != 0;
-        const Pack<float, 4> v{{of_C ? d[2][0] : d[0][0], of_C ? d[2][2] : d[0][2], of_C ? d[3][0] : d[1][0],
-                                of_C ? d[3][2] : d[1][2]}};
-        if (lane / 2 % 2 == lane / 16) store_pack(row + (of_C ? 16 : 0) + lane / 4 % 4 * 4, v);
+        if (lane / 2 % 2 == lane / 16) store_pack(row, Pack<float, 4>{{d[0][0], d[0][2], d[1][0], d[1][2]}});
     }
 };
 
@@ -138,8 +149,9 @@ struct BackwardWalk {
     using Memory = BackwardShared<T, K, S>;
     static constexpr bool kProducts = kTensor<T, K, S>;
     static constexpr int kPartApart = kProducts ? 4 : 1;  // lanes from part to part of a channel
+    using Sums = std::conditional_t<kProducts, ChannelProducts, ChannelSums<K, S>>;
     Memory& m;
-    int channel, part, lane, warp;
+    int channel, slot, part, lane, warp;
     float A[K], gh[K], gA[K];
 
     __device__ explicit BackwardWalk(Memory& memory)
@@ -149,6 +161,7 @@ struct BackwardWalk {
         const int first = warp * (kWarp / S);
         channel = first + (kProducts ? lane / 16 * 4 + lane % 4 : lane / S);
         part = kProducts ? lane / 4 % 4 : lane % S;
+        slot = Memory::slot(channel);
 #pragma unroll
         for (int k = 0; k < K; ++k) gA[k] = 0.0f;
     }
@@ -165,11 +178,15 @@ struct BackwardWalk {
     __device__ void load(Group<N>& to, int t) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            to.step[i] = m.step[t + i][channel];
             load_row(to.B[i], &m.B[t + i][part * K]);
-            if constexpr (kDown) {
+            if constexpr (!kDown) {
+                const Pack<float, 2> step = load_pack<2>(m.pair[t + i][slot].at);
+                to.step[i] = {step.at[0], step.at[1]};
+            } else {
+                const Pack<float, 4> pair = m.pair[t + i][slot];
+                to.step[i] = {pair.at[0], pair.at[1]};
+                to.gradient[i] = pair.at[2];
                 load_row(to.C[i], &m.C[t + i][part * K]);
-                to.gradient[i] = m.gradient[t + i][channel];
                 if (i % 2 == 0) to.q[i / 2] = m.q[(t + i) / 2][threadIdx.x];
             }
         }
@@ -207,10 +224,10 @@ struct BackwardWalk {
 #pragma unroll
         for (int k = 0; k < K; ++k) x.decay[i][k] = exp2_fast(x.step[i].x * A[k]);
     }
-    // Tokens t and t + 1.
-    __device__ void down(const Group<2>& x, Group<2>& next, int t) {
+    // Tokens low + t and the next.
+    __device__ void down(const Group<2>& x, Group<2>& next, int low, int t, float* to) {
         float sums[2][3] = {};  // C h, gh B, e A over the thread's states
-        std::conditional_t<kProducts, ChannelProducts, ChannelSums<K, S>> rows[2];
+        Sums rows[2];
         float h[2][K], q[2][K];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -234,22 +251,19 @@ struct BackwardWalk {
                 if constexpr (!kProducts) rows[i].v[k] = gh[k] * s.y;
                 if constexpr (!kProducts) rows[i].v[K + k] = g * h[i][k];
             }
-            if constexpr (kProducts) rows[i].multiply(gh, h[i], s.y, g);
+            if constexpr (kProducts) rows[i].multiply(gh, h[i], s.y, g, part < S / 2);
 #pragma unroll
             for (int k = 0; k < K; ++k) gh[k] *= x.decay[i][k];
-            decays(next, i);
+            if (t > 0) decays(next, i);
         }
         if constexpr (!kProducts) rows[0].sum(lane), rows[1].sum(lane);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float* const row = m.rows[(t + i) % Memory::kFlush][warp * (Memory::kSets * kWarp / kThreads)];
-            rows[i].store(kProducts ? row + lane / 16 * (2 * K * S) : row, lane);
-        }
-        store_sums(sums, t);
+        for (int i = 0; i < 2; ++i) rows[i].store(to + (t + i) * (Memory::kSets * 2 * K * S), lane);
+        store_sums(sums, x.step[0].x, x.step[1].x, low + t);
     }
     // Sums over the channel's parts; the lower half of them ends with token t's, the upper with the next
     // one's.
-    __device__ void store_sums(const float (&sums)[2][3], int t) {
+    __device__ void store_sums(const float (&sums)[2][3], float dt, float next_dt, int t) {
         const bool upper = part >= S / 2;
         float v[3];
 #pragma unroll
@@ -262,21 +276,21 @@ struct BackwardWalk {
             for (int j = 0; j < 3; ++j) v[j] += __shfl_xor_sync(kAllLanes, v[j], offset * kPartApart);
         }
         if (part % (S / 2) != 0) return;
-        m.gradient[t + upper][channel] = v[0];
-        m.sums[t + upper][channel] = {v[1], v[2]};
+        store_pack(m.pair[t + upper][slot].at, Pack<float, 4>{{upper ? next_dt : dt, v[0], v[1], v[2]}});
     }
     // Tokens from kFlush * `flush` on, downward.
     __device__ void down(int flush) {
         constexpr int N = 2;
         const int low = flush * Memory::kFlush;
         Group<N> now, next;
+        float* const to = m.rows[0][warp * (Memory::kSets * kWarp / kThreads)] + Sums::offset(lane);
         load<true>(now, low + Memory::kFlush - N);
 #pragma unroll
         for (int i = 0; i < N; ++i) decays(now, i);
-#pragma unroll 4
+#pragma unroll 8
         for (int t = Memory::kFlush - N; t >= 0; t -= N) {
-            load<true>(next, low + (t >= N ? t - N : 0));
-            down(now, next, low + t);
+            if (t > 0) load<true>(next, low + t - N);
+            down(now, next, low, t, to);
             now = next;
         }
     }

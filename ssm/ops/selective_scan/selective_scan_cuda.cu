@@ -26,14 +26,13 @@ struct Incoming {
     RowTile<K, S> B, C;
 
     template <bool kY>
-    __device__ void load(const ScanParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
-        const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
+    __device__ void load(const ScanParams<T>& p, int64_t t0, int count, const Channels<K, S>& c) {
         delta.load(p.delta, t0, count, c);
         u.load(p.u, t0, count, c);
-        B.load(p.B, t0, count, p.packed);
+        B.load(p.B, t0, count, p.packed, c.whole);
         if constexpr (kY) {
             z.load(p.z, t0, count, c);
-            C.load(p.C, t0, count, p.packed);
+            C.load(p.C, t0, count, p.packed, c.whole);
         }
     }
 };
@@ -51,7 +50,7 @@ struct Shared {
     template <bool kY>
     __device__ void stage(const Incoming<T, K, S>& x, int count, int64_t n, float2 bias, bool softplus) {
         float2 dt[Shape::kTwos];
-        steps_of<T, K, S>(dt, x.delta, bias, softplus, count);
+        steps_of(dt, x.delta, bias, softplus, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
             const float2 u = x.u.floats(i);
@@ -173,7 +172,7 @@ __device__ inline void walk_tokens(Shared<T, K, S>& m, int channel, int part, co
                                    float (&h)[K], const Save& save) {
 #pragma unroll 1
     for (int t = 0; t < kTile; ++t) {
-        save(t);
+        save(t, 1);
         Group<T, kY, K, S, 1> one;
         one.load(m, t, channel, part);
         one.decays(0, A);
@@ -195,7 +194,7 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, 
                               const PairTile<T, K, S>& z, int64_t t0, int count, const Channels<K, S>& c,
                               float2 D) {
     using Shape = Block<K, S>;
-    const int left = static_cast<int>(p.u.shape[1] - c.d0) - Shape::channel();
+    const int left = c.whole ? 2 : static_cast<int>(p.u.shape[1] - c.d0) - Shape::channel();
     if (left <= 0) return;
     float2 y[Shape::kTwos];
 #pragma unroll
@@ -204,16 +203,16 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, 
         y[i] = m.sum(i);
         y[i] = {fmaf(D.x, v.x, y[i].x), fmaf(D.y, v.y, y[i].y)};
     }
-    if (p.z.data != nullptr) {
+    if (c.whole || p.z.data != nullptr) {
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
-            const float2 v = z.floats(i);
-            y[i] = {y[i].x * silu_fast(v.x), y[i].y * silu_fast(v.y)};
+            const float2 v = silu_fast(z.floats(i));
+            y[i] = {y[i].x * v.x, y[i].y * v.y};
         }
     }
     T* const row = p.y.data + t0 * p.y.stride + c.d0;
     const int stride = static_cast<int>(p.y.stride);
-    if (p.paired && count >= kTile) {
+    if (c.whole || (p.paired && count >= kTile)) {
         T* to = row + c.offset(stride);
         const int64_t apart = Shape::kApart * p.y.stride;
 #pragma unroll
@@ -229,12 +228,15 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, 
     }
 }
 
-template <class T, int K, int S, bool kY>
+// kWhole: every tile has kTile tokens and every block all channels, n is K S, nothing optional is absent,
+// rows are aligned and chunks are of whole tiles (run_scan). Then no pair is looked at before it is moved.
+template <class T, int K, int S, bool kY, bool kWhole>
 __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
     __shared__ alignas(16) Shared<T, K, S> m;
-    const auto span = p.segments.at(blockIdx.x / p.d_blocks);
-    const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
+    const auto d_blocks = static_cast<unsigned>(p.d_blocks);
+    const auto span = p.segments.at(blockIdx.x / d_blocks);
+    const int64_t d = p.A.shape[0], n = kWhole ? K * S : p.A.shape[1], d0 = blockIdx.x % d_blocks * kChannels;
     const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
     const float2 bias = two_channels(p.bias, d0 + Block<K, S>::channel(), d),
                  D = two_channels(p.D, d0 + Block<K, S>::channel(), d);
@@ -245,24 +247,40 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     const int64_t row = p.segments.split ? span.index : span.sequence;
     load_states(h, p.entering != nullptr ? p.entering + row * d * n : nullptr, d0 + channel, d, n, part);
     const bool aligned = p.chunk % kTile == 0;
-    const Channels<K, S> channels(d0, d, p.paired);
+    // The next chunk that begins, and after how many tokens.
+    const int64_t before = span.begin - span.start, chunks = (before + p.chunk - 1) / p.chunk;
+    int64_t until_chunk = chunks * p.chunk - before;
+    float* chunk = p.chunk_states != nullptr
+                       ? p.chunk_states + (p.first_chunk.first.offset(span.sequence) + chunks) * d * n
+                       : nullptr;
+    const Channels<K, S> channels(d0, d, kWhole || p.paired, kWhole);
+    const auto tokens = [&](int64_t t0) {
+        return kWhole || span.end - t0 >= kTile ? kTile : static_cast<int>(span.end - t0);
+    };
     Incoming<T, K, S> x;
-    if (span.begin < span.end) x.template load<kY>(p, span.begin, span.end, channels);
+    if (span.begin < span.end) x.template load<kY>(p, span.begin, tokens(span.begin), channels);
     for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
-        const int count = static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile);
-        m.template stage<kY>(x, count, n, bias, p.softplus);
+        const int count = tokens(t0);
+        m.template stage<kY>(x, count, n, bias, kWhole || p.softplus);
         __syncthreads();
         const PairTile<T, K, S> u = x.u, z = x.z;
-        x.template load<kY>(p, t0 + kTile < span.end ? t0 + kTile : t0, span.end, channels);
-        const auto save = [&](int t) {
-            const int64_t at = t0 + t - span.start;
-            if (p.chunk_states != nullptr && t < count && at % p.chunk == 0)
-                store_states(
-                    p.chunk_states + (p.first_chunk.first.offset(span.sequence) + at / p.chunk) * d * n, h,
-                    d0 + channel, d, n, part, p.packed_states);
+        const int64_t next = t0 + kTile < span.end ? t0 + kTile : t0;
+        x.template load<kY>(p, next, tokens(next), channels);
+        // The chunk's state, where one begins at the tile's token t.
+        const auto save = [&](int t, int tokens) {
+            if (until_chunk == 0 && t < count) {
+                if constexpr (kWhole) {
+                    store_row(chunk + (d0 + channel) * n + part * K, h);
+                } else {
+                    store_states(chunk, h, d0 + channel, d, n, part, p.packed_states);
+                }
+                chunk += d * n;
+                until_chunk = p.chunk;
+            }
+            until_chunk -= tokens;
         };
-        if (aligned || p.chunk_states == nullptr) {
-            save(0);
+        if (kWhole || aligned || p.chunk_states == nullptr) {
+            if (p.chunk_states != nullptr) save(0, kTile);
             walk_tile<T, kY>(m, channel, part, A, h);
         } else {
             walk_tokens<T, kY>(m, channel, part, A, h, save);
@@ -371,7 +389,12 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
             false);
         p.entering = ends.data();
     }
-    Scan<T, K, S, kY><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+    const bool whole = whole_tiles<K, S>(in.A, in.cu_seqlens) && p.paired && p.packed &&
+                       in.z.data != nullptr && p.softplus &&
+                       (p.chunk_states == nullptr || (p.packed_states && p.chunk % kTile == 0));
+    constexpr bool kWhole = kY && S == 4;
+    auto* const kernel = whole ? Scan<T, K, S, kY, kWhole> : Scan<T, K, S, kY, false>;
+    kernel<<<blocks, kThreads, 0, stream_of(ex)>>>(p);
     check_launch("selective_scan");
 }
 

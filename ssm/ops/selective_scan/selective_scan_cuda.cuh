@@ -1,10 +1,11 @@
 // What the forward and the backward kernels of the selective scan share. Included by .cu files only.
 //
-// A block of kThreads threads owns kThreads / S channels of one segment of one sequence and walks it in tiles
-// of kTile tokens. Thread `channel * S + part` keeps the states part * K ... + K of its channel in registers.
-// What belongs to a (token, channel) pair - softplus, gate, sums over the parts - is done for a whole tile
-// before and after the walk, two channels at a time, through shared memory. States past n are zero: A, B and
-// C are read as zero there; so are tokens past the end, whose dt is 0.
+// A block of kThreads threads (kWidth where a kernel differs) owns kThreads / S channels of one segment of
+// one sequence and walks it in tiles of kTile tokens. Thread `channel * S + part` keeps the states part * K
+// ... + K of its channel in registers. What belongs to a (token, channel) pair - softplus, gate, sums over
+// the parts - is done for a whole tile before and after the walk, two channels at a time, through shared
+// memory. States past n are zero: A, B and C are read as zero there; so are tokens past the end, whose dt is
+// 0.
 #pragma once
 
 #include <algorithm>
@@ -22,11 +23,11 @@ constexpr int kTile = 32;
 
 // Compile-time shape of a block. Of a tile's (token, channel) pairs a thread has kTwos times two channels of
 // a token: token(i), channel() and the next.
-template <int K, int S>
+template <int K, int S, int kWidth = kThreads>
 struct Block {
-    static constexpr int kChannels = kThreads / S;
+    static constexpr int kChannels = kWidth / S;
     static constexpr int kStates = K * S;
-    static constexpr int kTwos = kTile / S / 2, kLanes = kChannels / 2, kApart = kThreads / kLanes;
+    static constexpr int kTwos = kTile / S / 2, kLanes = kChannels / 2, kApart = kWidth / kLanes;
     __device__ static int channel() { return static_cast<int>(threadIdx.x) % kLanes * 2; }
     __device__ static int token(int i) { return static_cast<int>(threadIdx.x) / kLanes + i * kApart; }
 };
@@ -106,7 +107,7 @@ void selective_scan_combine(const Exec& ex, const CombineParams& p, bool reverse
 // What a split in time needs first: forward, the state at the end of each segment but the last if it began
 // with zero; in reverse, the gradient of the state before each but the first if nothing came from later
 // tokens. And the sums of dt. Each is a sum over tokens of exp(A times between) w row: it begins at the end
-// asked for, and stops where the decay of every state of the block's channels is below 2^-64.
+// asked for, and stops where the decay of every state of a warp's channels is below 2^-24.
 template <class T>
 struct ReachParams {
     View<const T, 2> w, gate;  // u, which takes dt; in reverse grad_y, which takes silu(z) where there is one
@@ -142,6 +143,13 @@ inline bool packed_rows(const View<const float, 2>& x) {
     return x.shape[1] % 4 == 0 && packable(x.data, x.stride, 4);
 }
 inline bool packed_states(const float* states, int64_t n) { return n % 4 == 0 && packable(states, n, 4); }
+
+// Whether all tiles of all sequences have kTile tokens, all blocks all channels, and n is a block's K S.
+template <int K, int S>
+bool whole_tiles(const View<const float, 2>& A, CuSeqlens cu) {
+    if (A.shape[0] % Block<K, S>::kChannels != 0 || A.shape[1] != K * S || K * S != 16) return false;
+    return std::all_of(cu.begin(), cu.end(), [](int64_t at) { return at % kTile == 0; });
+}
 
 // Inside a tile offsets are 32 bits wide.
 template <class T>

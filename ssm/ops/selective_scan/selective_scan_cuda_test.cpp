@@ -188,15 +188,16 @@ constexpr bool kRounds = std::is_same_v<T, bf16>;
 template <class T>
 void compare(const Results& there, const Results& here) {
     for (const auto& [name, values] : here) {
-        // Gradients of u, delta and z are rounded where they lie, at kGradientStart and more; sums over
-        // channels or states by the tensor cores have terms of ten bits.
+        // Gradients of u, delta and z are rounded where they lie, at kGradientStart and more; those of B and
+        // C block by block, and their sums over channels, as those of y over states, have terms of ten bits.
         const bool activation = name == "u" || name == "delta" || name == "z";
         const bool sum = name == "B" || name == "C";
         const double tolerance = !kRounds<T>   ? 1e-5
                                  : activation  ? 2e-2
                                  : name == "y" ? 5e-3
-                                 : sum         ? 2e-3
-                                               : 1e-5;
+                                 : sum         ? 4e-3
+                                 : name == "D" ? 1e-5
+                                               : 1e-4;
         expect_close(there.at(name), values, tolerance, name.c_str());
     }
 }
@@ -300,6 +301,19 @@ TYPED_TEST(SelectiveScanCuda, SameBytesFromRunToRun) {
     EXPECT_EQ(one.forward(), two.forward());
     const Results first = one.backward();
     for (int i = 0; i < 3; ++i) EXPECT_EQ(first, two.backward());
+}
+
+// What a training step does: the kernels in which every tile and block is whole.
+TYPED_TEST(SelectiveScanCuda, WholeTilesOfWholeBlocks) {
+    for (const auto mode : {TimeParallel::never, TimeParallel::always})
+        for (const int64_t chunk : {32, 64})
+            for (const int64_t pad : {0, 32})
+                check<TypeParam>({.d = 64,
+                                  .lengths = {96, 32, 0, 320},
+                                  .pad = pad,
+                                  .flags = {.initial = pad == 0},
+                                  .options = {.chunk = chunk, .time_parallel = mode},
+                                  .set = {true, true, pad == 0, true, pad == 0}});
 }
 
 // Thousands of tokens, split over time and not.

@@ -4,14 +4,17 @@
 namespace ssm::cuda {
 namespace {
 
-constexpr float kNothing = -64.0f;  // exponent of two from which on a decay is taken for zero
+// Exponent of two from which on a decay is taken for zero. What came before is then left out: at most 2^-24
+// of the state that it had made, which is what f32 rounds away from a state of that size at every token.
+constexpr float kNothing = -24.0f;
+constexpr int kWidth = kWarp;  // a warp is a block: each stops where its own few channels have decayed
 
 template <class T, int K, int S>
 struct ReachIncoming {
-    PairTile<T, K, S> w, gate, delta;
-    RowTile<K, S> rows;
+    PairTile<T, K, S, kWidth> w, gate, delta;
+    RowTile<K, S, kWidth> rows;
 
-    __device__ void load(const ReachParams<T>& p, int64_t t0, int64_t end, const Channels<K, S>& c) {
+    __device__ void load(const ReachParams<T>& p, int64_t t0, int64_t end, const Channels<K, S, kWidth>& c) {
         const int count = static_cast<int>(end - t0 < kTile ? end - t0 : kTile);
         delta.load(p.delta, t0, count, c);
         w.load(p.w, t0, count, c);
@@ -22,23 +25,23 @@ struct ReachIncoming {
 
 template <class T, int K, int S>
 struct ReachShared {
-    float2 step[kTile][Block<K, S>::kChannels];  // dt, w
+    float2 step[kTile][Block<K, S, kWidth>::kChannels];  // dt, w
     float rows[kTile][K * S];
 
     template <bool kReverse>
     __device__ void stage(const ReachIncoming<T, K, S>& x, const ReachParams<T>& p, int count, int64_t d0,
                           float2 bias) {
-        using Shape = Block<K, S>;
+        using Shape = Block<K, S, kWidth>;
         const int64_t d = p.A.shape[0], n = p.A.shape[1], c = d0 + Shape::channel();
         float2 dt[Shape::kTwos];
-        steps_of<T, K, S>(dt, x.delta, bias, p.softplus, count);
+        steps_of(dt, x.delta, bias, p.softplus, count);
 #pragma unroll
         for (int i = 0; i < Shape::kTwos; ++i) {
             float2 w = x.w.floats(i);
             if (!kReverse) w = {w.x * dt[i].x, w.y * dt[i].y};
             if (kReverse && p.gate.data != nullptr) {
-                const float2 z = x.gate.floats(i);
-                w = {w.x * silu_fast(z.x), w.y * silu_fast(z.y)};
+                const float2 gate = silu_fast(x.gate.floats(i));
+                w = {w.x * gate.x, w.y * gate.y};
             }
             const bool inside = Shape::token(i) < count;
             w = {inside && c < d ? w.x : 0.0f, inside && c + 1 < d ? w.y : 0.0f};
@@ -50,14 +53,14 @@ struct ReachShared {
 };
 
 template <class T, int K, int S, bool kReverse>
-__global__ void __launch_bounds__(kThreads, 4) Reach(const __grid_constant__ ReachParams<T> p) {
-    constexpr int kChannels = Block<K, S>::kChannels;
+__global__ void __launch_bounds__(kWidth) Reach(const __grid_constant__ ReachParams<T> p) {
+    constexpr int kChannels = Block<K, S, kWidth>::kChannels;
     __shared__ alignas(16) ReachShared<T, K, S> m;
     const auto span = p.segments.at(blockIdx.x / p.d_blocks);
     if (kReverse ? span.first : span.last) return;  // nobody asks for it
     const int64_t d = p.A.shape[0], n = p.A.shape[1], d0 = blockIdx.x % p.d_blocks * kChannels;
     const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
-    const float2 bias = two_channels(p.bias, d0 + Block<K, S>::channel(), d);
+    const float2 bias = two_channels(p.bias, d0 + Block<K, S, kWidth>::channel(), d);
     float A[K], h[K] = {}, sum = 0.0f, slowest = -INFINITY;
     load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
 #pragma unroll
@@ -68,13 +71,13 @@ __global__ void __launch_bounds__(kThreads, 4) Reach(const __grid_constant__ Rea
     const int64_t last = span.begin + (span.end - span.begin - 1) / kTile * kTile;
     const int64_t from = kReverse ? span.begin : last, step = kReverse ? kTile : -kTile;
     const auto inside = [&](int64_t t0) { return t0 >= span.begin && t0 <= last; };
-    const Channels<K, S> channels(d0, d, p.paired);
+    const Channels<K, S, kWidth> channels(d0, d, p.paired);
     ReachIncoming<T, K, S> x;
     x.load(p, from, span.end, channels);
     for (int64_t t0 = from; inside(t0); t0 += step) {
         m.template stage<kReverse>(x, p, static_cast<int>(span.end - t0 < kTile ? span.end - t0 : kTile), d0,
                                    bias);
-        __syncthreads();
+        __syncwarp();
         if (inside(t0 + step)) x.load(p, t0 + step, span.end, channels);
 #pragma unroll 8
         for (int i = 0; i < kTile; ++i) {
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 4) Reach(const __grid_constant__ Rea
             if (!kReverse) sum += s.x;
         }
         const bool done = p.softplus && (slowest == -INFINITY || slowest * sum < kNothing);
-        if (__syncthreads_and(done)) break;
+        if (__all_sync(kAllLanes, done)) break;
     }
     store_states(p.ends + span.index * d * n, h, d0 + channel, d, n, part);
     if (part == 0 && d0 + channel < d) p.sums[span.index * d + d0 + channel] = sum;
@@ -101,12 +104,12 @@ void selective_scan_reach(const Exec& ex, const ReachParams<T>& params, bool rev
     with_block(params.A.shape[1], [&](auto k, auto parts) {
         constexpr int K = decltype(k)::value, S = decltype(parts)::value;
         ReachParams<T> p = params;
-        p.d_blocks = (p.A.shape[0] + Block<K, S>::kChannels - 1) / Block<K, S>::kChannels;
+        p.d_blocks = (p.A.shape[0] + Block<K, S, kWidth>::kChannels - 1) / Block<K, S, kWidth>::kChannels;
         const auto blocks = static_cast<unsigned>(p.segments.count * p.d_blocks);
         if (reverse) {
-            Reach<T, K, S, true><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+            Reach<T, K, S, true><<<blocks, kWidth, 0, stream_of(ex)>>>(p);
         } else {
-            Reach<T, K, S, false><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+            Reach<T, K, S, false><<<blocks, kWidth, 0, stream_of(ex)>>>(p);
         }
         check_launch("selective_scan");
     });

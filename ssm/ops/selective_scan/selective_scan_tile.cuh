@@ -36,17 +36,19 @@ __device__ inline Two<T> two_of(float2 v) {
 
 // Where the block's channels begin, and how this thread reads its two: by one word if the arrays are `paired`
 // (channel: inside of the block, of the last two if these are past the end).
-template <int K, int S>
+template <int K, int S, int kWidth = kThreads>
 struct Channels {
-    using Shape = Block<K, S>;
+    using Shape = Block<K, S, kWidth>;
     int64_t d0;
     int channel;
-    bool paired;
+    bool paired, whole;
 
-    __device__ Channels(int64_t first, int64_t d, bool pairs)
+    __device__ Channels(int64_t first, int64_t d, bool pairs, bool all = false)
         : d0(first),
-          channel(min(Shape::channel(), static_cast<int>(min(d - first, int64_t{INT32_MAX})) - 2)),
-          paired(pairs) {}
+          channel(all ? Shape::channel()
+                      : min(Shape::channel(), static_cast<int>(min(d - first, int64_t{INT32_MAX})) - 2)),
+          paired(pairs),
+          whole(all) {}
     // From a row's element d0 of a tile's first token to the thread's first pair; inside of a tile offsets
     // are 32 bits wide (require_stride).
     __device__ int offset(int64_t stride) const {
@@ -56,15 +58,15 @@ struct Channels {
 
 // A tile's pairs of this thread. Past the ends of tokens and channels, the last one's: whoever uses them says
 // what counts.
-template <class T, int K, int S>
+template <class T, int K, int S, int kWidth = kThreads>
 struct PairTile {
-    using Shape = Block<K, S>;
+    using Shape = Block<K, S, kWidth>;
     Two<T> at[Shape::kTwos];
 
-    __device__ void load(const View<const T, 2>& x, int64_t t0, int count, const Channels<K, S>& c) {
-        if (x.data == nullptr) return;
+    __device__ void load(const View<const T, 2>& x, int64_t t0, int count, const Channels<K, S, kWidth>& c) {
+        if (!c.whole && x.data == nullptr) return;
         const T* row = x.data + t0 * x.stride + c.d0;
-        if (c.paired && count >= kTile) {
+        if (c.whole || (c.paired && count >= kTile)) {
             const T* from = row + c.offset(x.stride);
             const int64_t apart = Shape::kApart * x.stride;
 #pragma unroll
@@ -84,18 +86,22 @@ struct PairTile {
 };
 
 // A tile of B or C, four states of a token at a time.
-template <int K, int S>
+template <int K, int S, int kWidth = kThreads>
 struct RowTile {
-    static constexpr int kStates = K * S, kFours = kTile * kStates / kThreads / 4;
+    static constexpr int kStates = K * S, kFours = kTile * kStates / kWidth / 4;
     Pack<float, 4> at[kFours];
 
-    __device__ void load(const View<const float, 2>& x, int64_t t0, int count, bool packed) {
+    __device__ void load(const View<const float, 2>& x, int64_t t0, int count, bool packed,
+                         bool whole = false) {
         const int j = static_cast<int>(threadIdx.x) % (kStates / 4) * 4, n = static_cast<int>(x.shape[1]);
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
-            const int t = static_cast<int>(threadIdx.x) / (kStates / 4) + i * (kThreads / (kStates / 4));
-            const float* row = x.data + t0 * x.stride + min(t, count - 1) * static_cast<int>(x.stride);
-            if (packed) {
+            const int t = static_cast<int>(threadIdx.x) / (kStates / 4) + i * (kWidth / (kStates / 4));
+            const float* row =
+                x.data + t0 * x.stride + (whole ? t : min(t, count - 1)) * static_cast<int>(x.stride);
+            if (whole) {
+                at[i] = load_pack<4>(row + j);
+            } else if (packed) {
                 at[i] = load_pack<4>(row + min(j, n - 4));
             } else {
 #pragma unroll
@@ -110,7 +116,7 @@ struct RowTile {
             Pack<float, 4> v = at[i];
 #pragma unroll
             for (int k = 0; k < 4; ++k) v.at[k] = j + k < n ? v.at[k] : 0.0f;
-            store_pack(tile + (static_cast<int>(threadIdx.x) + i * kThreads) * 4, v);
+            store_pack(tile + (static_cast<int>(threadIdx.x) + i * kWidth) * 4, v);
         }
     }
 };
@@ -163,6 +169,15 @@ __device__ inline void load_row(float (&v)[K], const float* row) {
     }
 }
 
+// 16-byte aligned.
+template <int K>
+__device__ inline void store_row(float* row, const float (&v)[K]) {
+    Pack<float, K> pack;
+#pragma unroll
+    for (int k = 0; k < K; ++k) pack.at[k] = v[k];
+    store_pack(row, pack);
+}
+
 __device__ inline float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -171,23 +186,39 @@ __device__ inline float reciprocal_fast(float x) {
 __device__ inline float sigmoid_fast(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 __device__ inline float silu_fast(float x) { return x * sigmoid_fast(x); }
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + e), e = exp(-|x|) <= 1; log(1 + e) = 2 atanh(s), s = e / (2 + e) <=
-// 1/3, whose series in s^2 is fitted to a relative 1e-10: no branch, and exact where exp(x) is small.
+__device__ inline float2 silu_fast(float2 z) { return {silu_fast(z.x), silu_fast(z.y)}; }
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + e), e = exp(-|x|) <= 1, and log(1 + e) / e is a polynomial of
+// relative error 1.3e-7, 8e-6 where the numbers are rounded to bf16: no branch, and exact where exp(x) is
+// small.
+template <class T>
 __device__ inline float softplus_fast(float x) {
-    const float e = exp2_fast(-kLog2E * fabsf(x)), s = e * reciprocal_fast(2.0f + e), q = s * s;
-    float p = 2.439390789e-01f;
-    p = fmaf(p, q, 2.139856057e-01f);
-    p = fmaf(p, q, 2.862020740e-01f);
-    p = fmaf(p, q, 3.999871125e-01f);
-    p = fmaf(p, q, 6.666667903e-01f);
-    p = fmaf(p, q, 2.000000000e+00f);
-    return fmaf(p, s, fmaxf(x, 0.0f));
+    const float e = exp2_fast(-kLog2E * fabsf(x));
+    float p;
+    if constexpr (sizeof(T) == 4) {
+        p = fmaf(5.232674070e-03f, e, -2.950514294e-02f);
+        p = fmaf(p, e, 7.822576910e-02f);
+        p = fmaf(p, e, -1.366322786e-01f);
+        p = fmaf(p, e, 1.910599619e-01f);
+        p = fmaf(p, e, -2.484297901e-01f);
+        p = fmaf(p, e, 3.331909776e-01f);
+        p = fmaf(p, e, -4.999949336e-01f);
+        p = fmaf(p, e, 9.999999404e-01f);
+    } else {
+        p = fmaf(-2.386915497e-02f, e, 1.012222841e-01f);
+        p = fmaf(p, e, -2.100486755e-01f);
+        p = fmaf(p, e, 3.252066672e-01f);
+        p = fmaf(p, e, -4.993613660e-01f);
+        p = fmaf(p, e, 9.999915957e-01f);
+    }
+    return fmaf(p, e, fmaxf(x, 0.0f));
 }
 // dt of a tile's pairs: 0 past the end.
-template <class T, int K, int S>
-__device__ inline void steps_of(float2 (&dt)[Block<K, S>::kTwos], const PairTile<T, K, S>& delta, float2 bias,
-                                bool with_softplus, int count) {
-    using Shape = Block<K, S>;
+template <class T, int K, int S, int kWidth>
+__device__ inline void steps_of(float2 (&dt)[Block<K, S, kWidth>::kTwos],
+                                const PairTile<T, K, S, kWidth>& delta, float2 bias, bool with_softplus,
+                                int count) {
+    using Shape = Block<K, S, kWidth>;
 #pragma unroll
     for (int i = 0; i < Shape::kTwos; ++i) {
         dt[i] = delta.floats(i);
@@ -196,7 +227,7 @@ __device__ inline void steps_of(float2 (&dt)[Block<K, S>::kTwos], const PairTile
     }
     if (with_softplus) {
 #pragma unroll
-        for (int i = 0; i < Shape::kTwos; ++i) dt[i] = {softplus_fast(dt[i].x), softplus_fast(dt[i].y)};
+        for (int i = 0; i < Shape::kTwos; ++i) dt[i] = {softplus_fast<T>(dt[i].x), softplus_fast<T>(dt[i].y)};
     }
     if (count >= kTile) return;
 #pragma unroll
@@ -204,7 +235,7 @@ __device__ inline void steps_of(float2 (&dt)[Block<K, S>::kTwos], const PairTile
         if (Shape::token(i) >= count) dt[i] = {};
 }
 __device__ inline float step_of(float delta, float bias, bool with_softplus) {
-    return with_softplus ? softplus_fast(delta + bias) : delta + bias;
+    return with_softplus ? softplus_fast<float>(delta + bias) : delta + bias;
 }
 // A number of each of the thread's two channels.
 __device__ inline float2 two_channels(const float* v, int64_t channel, int64_t d) {
@@ -216,15 +247,8 @@ __device__ inline float2 two_channels(const float* v, int64_t channel, int64_t d
 template <class T, int K, int S>
 constexpr bool kTensor = sizeof(T) == 2 && K == 4 && S == 4;
 
-// Lane 4 g + c: a holds rows g and g + 8 of column c, b row c of column g; d rows g (two), g + 8 of columns
-// 2 c, 2 c + 1.
-__device__ inline void multiply_tf32(float (&d)[4], float a0, float a1, float b) {
-    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, "
-        "%7};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(b)), "f"(0.0f));
-}
-// The same with columns c and c + 4 of a (a2, a3), rows c and c + 4 of b; added to d.
+// Lane 4 g + c: a holds rows g and g + 8 of column c, b row c of column g; d rows g (two), g + 8 of columns 2
+// c, 2 c + 1. Columns c and c + 4 of a (a2, a3), rows c and c + 4 of b; added to d.
 __device__ inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
                                      float b1) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
