@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws time and memory of reading one sequence over its length, from the runs named "length" of a gpu.json
-(tools/gpu_check.sh), as SVG, by gnuplot.
+"""Draws over the length of one sequence the time and memory of reading it and the time of a step of writing after it,
+from the runs named "length" of a gpu.json (tools/gpu_check.sh), as SVG, by gnuplot.
 
     tools/plot_lengths.py bench/results/2026-11-22-gpu.json docs/images/length.svg
 """
@@ -30,14 +30,16 @@ def main() -> int:
         runs = [run for run in json.load(file)["runs"] if run["options"] == "length"]
     rows = []
     for run in runs:
-        result = run["results"][0]
-        tokens = int(result["test"][2:])
-        rows.append((tokens, 1e3 * tokens / result["tokens_per_second"], result["peak_gigabytes"]))
-    data = "".join(f"{t} {ms} {gb}\n" for t, ms, gb in rows) + "e\n"
+        reading, writing = run["results"]
+        tokens = int(reading["test"][2:])
+        rows.append((tokens, 1e3 * tokens / reading["tokens_per_second"], reading["peak_gigabytes"],
+                     writing["milliseconds_per_step"]))
+    data = "".join(f"{t} {ms} {gb} {step}\n" for t, ms, gb, step in rows) + "e\n"
     script = STYLE + f'set output "{sys.argv[2]}"\n'
-    script += ('plot "-" using 1:2 with linespoints lw 2 pt 7 lc rgb "#1f6feb" title "time to read", '
+    script += ('set yrange [0.1:*]\nplot "-" using 1:2 with linespoints lw 2 pt 7 lc rgb "#1f6feb" title "time to read", '
+               '"-" using 1:4 with linespoints lw 2 pt 9 lc rgb "#8250df" title "time of a step of writing", '
                '"-" using 1:3 axes x1y2 with linespoints lw 2 pt 5 lc rgb "#d1242f" title "memory (right)"\n')
-    return subprocess.run(["gnuplot"], input=script + data + data, text=True, check=False).returncode
+    return subprocess.run(["gnuplot"], input=script + 3 * data, text=True, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -357,7 +357,9 @@ Var ssd(Ctx& ctx, const SsdVars& in, const SsdShape& s, Tensor* state, SsdOption
         if (state == nullptr) {
             ssd(ctx.exec, inputs, out, {}, chunk_states.view_if<float, 4>(), options);
         } else if (is_step(ctx, in.x.value(), *state)) {
-            ssd_step(ctx.exec, inputs, state->view<float, 4>(), out);
+            dispatch_activation(state->dtype(), "ssd", [&]<class S>() {
+                ssd_step<T, S>(ctx.exec, inputs, state->view<S, 4>(), out);
+            });
         } else {
             Tensor end = Tensor::empty(ctx.exec, state->shape());
             inputs.initial_state = state->view<const float, 4>();

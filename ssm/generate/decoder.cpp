@@ -2,12 +2,24 @@
 
 #include <algorithm>
 
+#include "ssm/ops/elementwise/elementwise.h"
 #include "ssm/ops/sample/sample.h"
 
 namespace ssm {
 namespace {
 
 constexpr std::string_view kWhere = "decode";
+
+// Rows of a state, in whichever type each of them has.
+void copy(const Exec& ex, const Tensor& from, const Tensor& to) {
+    if (from.dtype() == to.dtype()) return to.copy_from(from);
+    const auto as_row = [](const Tensor& t) { return t.reshape({1, t.size()}); };
+    if (to.dtype() == DType::bf16) {
+        cast(ex, as_row(from).view<const float, 2>(), as_row(to).view<bf16, 2>());
+    } else {
+        cast(ex, as_row(from).view<const bf16, 2>(), as_row(to).view<float, 2>());
+    }
+}
 
 // Sizes of a step: powers of two and three quarters of them from 12 on, up to `most`.
 int64_t padded(int64_t b, int64_t most) {
@@ -27,11 +39,19 @@ void for_each_pair(ModelState& a, ModelState& b, F&& f) {
 
 }  // namespace
 
-Decoder::Decoder(const Exec& ex, LanguageModel& model, int64_t slots)
-    : exec_(ex), own_(with_own_memory(ex)), model_(model), slots_(slots), valid_(model.vocab()) {
+Decoder::Decoder(const Exec& ex, LanguageModel& model, int64_t slots, DType states)
+    : exec_(ex),
+      own_(with_own_memory(ex)),
+      model_(model),
+      slots_(slots),
+      valid_(model.vocab()),
+      states_(states) {
     require(slots >= 1, kWhere, "a decoder needs at least one slot");
     const bool gpu = ex.device != Device::cpu;
-    pool_ = model.new_state(slots + (gpu ? 1 : 0));
+    require(states == DType::f32 || states == DType::bf16, kWhere, "states are f32 or bf16, not {}",
+            name_of(states));
+    if (states == DType::bf16 && !gpu) fail(ErrorCode::unsupported, kWhere, "bf16 states need a GPU");
+    pool_ = model.new_state(slots + (gpu ? 1 : 0), states);
     ids_ = Tensor::zeros(ex, {slots}, DType::i32);
     slot_ids_ = Tensor::zeros(ex, {slots}, DType::i32);
 }
@@ -42,11 +62,11 @@ void Decoder::clear(int64_t slot) {
 }
 
 void Decoder::save(int64_t slot, ModelState& one) const {
-    for_each_pair(pool_, one, [&](Tensor& from, Tensor& to) { to.copy_from(from.rows(slot, slot + 1)); });
+    for_each_pair(pool_, one, [&](Tensor& from, Tensor& to) { copy(exec_, from.rows(slot, slot + 1), to); });
 }
 
 void Decoder::load(int64_t slot, ModelState& one, const Tensor& logits) {
-    for_each_pair(pool_, one, [&](Tensor& to, Tensor& from) { to.rows(slot, slot + 1).copy_from(from); });
+    for_each_pair(pool_, one, [&](Tensor& to, Tensor& from) { copy(exec_, from, to.rows(slot, slot + 1)); });
     if (!logits) return;
     const auto at = static_cast<int32_t>(slot);
     set_slots({&at, 1});

@@ -17,8 +17,11 @@ namespace ssm {
 
 class Decoder {
 public:
-    // `model` lies on ex's device; both must outlive the decoder.
-    Decoder(const Exec& ex, LanguageModel& model, int64_t slots);
+    // `model` lies on ex's device; both must outlive the decoder. Between steps the recurrences' states are
+    // kept as `states`: bf16, on a GPU alone, is half the memory and the bytes that bound a step of many
+    // sequences, and each step then rounds what it sums up in f32 (docs/decisions/0007). read(), save() and
+    // load() are in f32.
+    Decoder(const Exec& ex, LanguageModel& model, int64_t slots, DType states = DType::f32);
 
     int64_t slots() const { return slots_; }
     // Forgets what a slot has read: the zero state.
@@ -52,6 +55,7 @@ public:
     void save(int64_t slot, ModelState& one) const;
     void load(int64_t slot, ModelState& one, const Tensor& logits = {});
     size_t state_bytes_per_slot() const;
+    DType states() const { return states_; }
 
     static constexpr int64_t kPrefillChunk = 512;
 
@@ -70,6 +74,7 @@ private:
     Exec own_;  // its memory is that of the graphs
     LanguageModel& model_;
     int64_t slots_, valid_;
+    DType states_;
     std::optional<SlotSamplers> samplers_;  // absent: greedy
     mutable ModelState pool_;               // slots, and on a GPU one more: nobody's, for padding
     Tensor ids_, slot_ids_;                 // [slots] i32 on the device: what a step is fed, and where

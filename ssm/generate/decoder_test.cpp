@@ -35,6 +35,9 @@ TEST(Decoder, Errors) {
     Decoder decoder(ex, *c.model, 2);
     const std::vector<int32_t> one{0}, two{0, 1}, same{1, 1}, outside{2}, three{0, 1, 0}, bad{-1};
     expect_error("[decode] a decoder needs at least one slot", [&] { Decoder(ex, *c.model, 0); });
+    expect_error(
+        "[decode] bf16 states need a GPU", [&] { Decoder(ex, *c.model, 1, DType::bf16); },
+        ErrorCode::unsupported);
     expect_error("[decode] nothing was read yet", [&] { decoder.step(); });
     expect_error("[decode] slot 1 is twice in a step", [&] { decoder.step(same, two); });
     expect_error("[decode] there is no slot 2: there are 2", [&] { decoder.step(outside, one); });

@@ -21,7 +21,8 @@ uint64_t parse_u64(const std::string& text, const std::string& file, const char*
 
 }  // namespace
 
-Session::Session(const Exec& ex, LanguageModel& model) : exec_(ex), model_(model), decoder_(ex, model, 1) {}
+Session::Session(const Exec& ex, LanguageModel& model, DType states)
+    : exec_(ex), model_(model), decoder_(ex, model, 1, states) {}
 
 void Session::consume(std::span<const int32_t> ids) {
     if (ids.empty()) return;

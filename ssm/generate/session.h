@@ -14,7 +14,8 @@ namespace ssm {
 
 class Session {
 public:
-    Session(const Exec& ex, LanguageModel& model);
+    // `states`: as of a Decoder.
+    Session(const Exec& ex, LanguageModel& model, DType states = DType::f32);
 
     // Feeds tokens: one by one as steps, many in chunks of kPrefillChunk. Afterwards logits() are those of
     // the last one. Throws Error(invalid_argument) for an id outside the vocabulary, before any state has
@@ -28,8 +29,8 @@ public:
     const std::vector<int32_t>& history() const { return history_; }
     size_t state_bytes() const { return decoder_.state_bytes_per_slot(); }
 
-    // State, last logits, history and the sampler's position as one safetensors file. load() throws
-    // Error(bad_file) for a file of another model.
+    // State (always f32), last logits, history and the sampler's position as one safetensors file. load()
+    // throws Error(bad_file) for a file of another model.
     void save(const std::filesystem::path& file, const Sampler& sampler);
     void load(const std::filesystem::path& file, Sampler& sampler);
 

@@ -116,10 +116,10 @@ uint64_t LanguageModel::fingerprint() {
     return hash.value();
 }
 
-ModelState LanguageModel::new_state(int64_t sequences) const {
+ModelState LanguageModel::new_state(int64_t sequences, DType sums) const {
     ModelState state;
     for (const Block& block : blocks_)
-        state.layers.push_back(block.mixer->new_state(home_, sequences, dtype()));
+        state.layers.push_back(block.mixer->new_state(home_, sequences, {dtype(), sums}));
     return state;
 }
 

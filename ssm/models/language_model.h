@@ -67,7 +67,8 @@ public:
     // A number that differs between models: config, names, shapes and samples of the weights.
     uint64_t fingerprint();
 
-    ModelState new_state(int64_t sequences) const;
+    // Zero; `sums` of the recurrences' states: bf16 for step() on a GPU alone.
+    ModelState new_state(int64_t sequences, DType sums = DType::f32) const;
 
     // ids [t] (host memory) -> [t e], after the final norm. ctx.cu_seqlens splits the tokens; empty with a
     // state: one token of each sequence. Throws for ids outside [0, vocab).

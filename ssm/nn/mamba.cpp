@@ -93,15 +93,15 @@ void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, M
                 .D = D_.value().view<const float, 1>(),
                 .norm_eps = c.bcdt_norm_eps,
                 .slots = ctx.slots},
-               s.ssm.view<float, 3>(), y);
+               s.ssm, y);
     norm_linear(ex, {.x = y, .weight = out_proj_.packed(), .bias = out_proj_.bias_view()}, residual,
                 {.add = true});
 }
 
-std::unique_ptr<MixerState> MambaMixer::new_state(const Exec& ex, int64_t s, DType activation) const {
+std::unique_ptr<MixerState> MambaMixer::new_state(const Exec& ex, int64_t s, const StateTypes& types) const {
     auto state = std::make_unique<MambaState>();
-    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.d}, activation);
-    state->ssm = Tensor::zeros(ex, {s, config_.d, config_.n});
+    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.d}, types.activation);
+    state->ssm = Tensor::zeros(ex, {s, config_.d, config_.n}, types.sums);
     return state;
 }
 

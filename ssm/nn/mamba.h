@@ -30,7 +30,7 @@ struct MambaConfig {
 
 struct MambaState final : MixerState {
     Tensor conv;  // [s k-1 d], the last inputs of the convolution
-    Tensor ssm;   // [s d n] f32
+    Tensor ssm;   // [s d n] f32, for steps on a GPU bf16 too
     void visit(const std::string& prefix, const std::function<void(const std::string&, Tensor&)>& f) override;
 };
 
@@ -39,7 +39,7 @@ public:
     explicit MambaMixer(const MambaConfig& config);
     Var forward(Ctx& ctx, const Var& u, MixerState* state) override;
     void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) override;
-    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const override;
+    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, const StateTypes& types) const override;
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:

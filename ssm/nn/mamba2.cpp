@@ -93,10 +93,10 @@ void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, 
                 residual, {.add = true});
 }
 
-std::unique_ptr<MixerState> Mamba2Mixer::new_state(const Exec& ex, int64_t s, DType activation) const {
+std::unique_ptr<MixerState> Mamba2Mixer::new_state(const Exec& ex, int64_t s, const StateTypes& types) const {
     auto state = std::make_unique<Mamba2State>();
-    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.conv_channels()}, activation);
-    state->ssm = Tensor::zeros(ex, {s, config_.h, config_.p, config_.n});
+    state->conv = Tensor::zeros(ex, {s, config_.k - 1, config_.conv_channels()}, types.activation);
+    state->ssm = Tensor::zeros(ex, {s, config_.h, config_.p, config_.n}, types.sums);
     return state;
 }
 

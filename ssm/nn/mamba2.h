@@ -33,7 +33,7 @@ struct Mamba2Config {
 
 struct Mamba2State final : MixerState {
     Tensor conv;  // [s k-1 d+2gn]
-    Tensor ssm;   // [s h p n] f32
+    Tensor ssm;   // [s h p n] f32, for steps on a GPU bf16 too
     void visit(const std::string& prefix, const std::function<void(const std::string&, Tensor&)>& f) override;
 };
 
@@ -42,7 +42,7 @@ public:
     explicit Mamba2Mixer(const Mamba2Config& config);
     Var forward(Ctx& ctx, const Var& u, MixerState* state) override;
     void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) override;
-    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const override;
+    std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, const StateTypes& types) const override;
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:

@@ -18,6 +18,12 @@ struct MixerState {
                        const std::function<void(const std::string&, Tensor&)>& f) = 0;
 };
 
+// Of the numbers a state holds: a convolution's last inputs, and what the recurrence sums up. bf16 sums are
+// for steps on a GPU alone.
+struct StateTypes {
+    DType activation = DType::f32, sums = DType::f32;
+};
+
 // The norm before a mixer.
 struct BlockNorm {
     View<const float, 1> weight;
@@ -34,7 +40,8 @@ struct Mixer {
     // state's rows by ctx.slots. Inference only.
     virtual void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) = 0;
     // A zero state for s sequences on ex's device; nullptr for a mixer without memory (an MLP).
-    virtual std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, DType activation) const = 0;
+    virtual std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s,
+                                                  const StateTypes& types) const = 0;
     virtual void visit(const std::string& prefix, const ParameterVisitor& f) = 0;
 };
 

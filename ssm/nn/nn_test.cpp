@@ -140,10 +140,11 @@ TEST(Mixers, StartingValues) {
 TEST(Mixers, States) {
     const auto shapes = [](const Mixer& mixer, DType activation) {
         std::set<std::string> all;
-        mixer.new_state(make_cpu_exec(1), 3, activation)->visit("s", [&](const std::string& name, Tensor& t) {
-            all.insert(fmt::format("{} {} {}", name, to_string(t.shape()), name_of(t.dtype())));
-            for (const std::byte* b = t.raw(); b != t.raw() + t.bytes(); ++b) EXPECT_EQ(*b, std::byte{0});
-        });
+        mixer.new_state(make_cpu_exec(1), 3, {activation})
+            ->visit("s", [&](const std::string& name, Tensor& t) {
+                all.insert(fmt::format("{} {} {}", name, to_string(t.shape()), name_of(t.dtype())));
+                for (const std::byte* b = t.raw(); b != t.raw() + t.bytes(); ++b) EXPECT_EQ(*b, std::byte{0});
+            });
         return all;
     };
     EXPECT_EQ(shapes(MambaMixer({.e = 8, .d = 16, .n = 4, .k = 3, .r = 2}), DType::f32),

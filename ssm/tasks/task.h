@@ -14,12 +14,13 @@
 
 namespace ssm {
 
-// How a task is trained and tested where the command line does not say; Adam without weight decay, constant
-// learning rate.
+// How a task is trained and tested where the command line does not say; Adam without weight decay.
 struct TaskRecipe {
     int64_t layers = 2, e = 64;
     int64_t length = 256, batch = 8, steps = 0;
+    int64_t first_length = 0, double_every = 0;  // TaskSourceOptions
     double learning_rate = 1e-3;
+    double last_learning_rate = 0;  // by a cosine; 0: constant
     double eps = 1e-8;              // of Adam
     double dt_min = 0, dt_max = 0;  // first step sizes; 0: the architecture's
     std::vector<int64_t> eval_lengths;

@@ -6,9 +6,12 @@
 
 namespace ssm {
 
+// `length` tokens a sequence. With `first_length` > 0 a run begins with that and doubles it every
+// `double_every` batches until it is there: a long task is learnt soonest where it is short.
 struct TaskSourceOptions {
     int64_t length = 256, batch = 8;
     uint64_t seed = 0;
+    int64_t first_length = 0, double_every = 0;
 };
 
 // Sequences first .. first + count of a split, whole, side by side.
@@ -20,7 +23,7 @@ public:
     // Batches of an "epoch", a name for the count alone: the data never repeat.
     static constexpr uint64_t kEpochBatches = 8192;
 
-    // Throws when `length` has no room for the task.
+    // Throws when a length has no room for the task.
     TaskSource(const Task& task, TaskSourceOptions options);
 
     void next(Batch& batch) override;
@@ -31,6 +34,8 @@ public:
     std::map<std::string, std::string> identity() const override;
 
 private:
+    int64_t length_of(uint64_t index) const;  // of the sequences in that batch
+
     const Task& task_;
     TaskSourceOptions options_;
     SamplerState state_;

@@ -63,6 +63,25 @@ TEST(TaskSource, ABatchIsAFunctionOfSeedAndIndex) {
               "[task] position 8192 is not in an epoch of 8192");
 }
 
+TEST(TaskSource, LengthsGrow) {
+    const Task& task = find_task("induction-heads");
+    TaskSource source(task, {.length = 70, .batch = 2, .seed = 1, .first_length = 16, .double_every = 3});
+    Batch batch, again, whole;
+    std::vector<int64_t> lengths;
+    for (int i = 0; i < 12; ++i) {
+        source.next(batch);
+        lengths.push_back(batch.tokens() / 2);
+        write_sequences(task, 1, TaskSplit::train, static_cast<uint64_t>(2 * i), 2, lengths.back(), whole);
+        EXPECT_EQ(batch.ids, whole.ids);
+    }
+    EXPECT_EQ(lengths, (std::vector<int64_t>{16, 16, 16, 32, 32, 32, 64, 64, 64, 70, 70, 70}));
+    source.seek({0, 5});
+    source.next(again);
+    EXPECT_EQ(again.tokens(), 2 * 32);
+    EXPECT_EQ(source.tokens_per_batch(), 2 * 70);
+    EXPECT_EQ(source.identity().at("length"), "16, doubled every 3 batches up to 70");
+}
+
 TEST(TaskSource, SeedsAndSplitsDiffer) {
     for (const Task& task : tasks()) {
         std::vector<std::vector<int32_t>> seen;
@@ -88,6 +107,13 @@ TEST(TaskSource, Errors) {
               "[task] 'selective-copying' needs a length of at least 32 but it is 31");
     EXPECT_EQ(error_of([] { TaskSource(find_task("selective-copying"), {.length = 32, .batch = 0}); }),
               "[task] batch must be at least 1 but is 0");
+    EXPECT_EQ(error_of([] {
+                  TaskSource(find_task("induction-heads"),
+                             {.length = 9, .first_length = 10, .double_every = 1});
+              }),
+              "[task] 'induction-heads' needs a first length in [3, 9] but it is 10");
+    EXPECT_EQ(error_of([] { TaskSource(find_task("induction-heads"), {.length = 9, .first_length = 3}); }),
+              "[task] double_every must be at least 1 but is 0");
 }
 
 // Every logit of every position, compared by hand.

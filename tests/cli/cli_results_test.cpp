@@ -224,6 +224,9 @@ TEST(CliBench, Json) {
         EXPECT_EQ(test["threads"], 2);
         EXPECT_EQ(test["dtype"], "f32");
     }
+    const json deep = json_of({"bench", "--model", m.dir(), "--pp", "0", "--tg", "2", "--depth", "600",
+                               "--repeats", "1", "--threads", "1", "--json"});
+    EXPECT_EQ(deep[0]["test"], "tg2@600");
 }
 
 // There and back is the same bytes; in between, the same tokens.

@@ -97,10 +97,10 @@ inline void expect_greedy_steps(const Exec& ex, const ReferenceShape& shape, int
 }
 
 // A state copied to another slot of another decoder goes on like the first.
-inline void expect_states_move(const Exec& ex, const ReferenceShape& shape) {
+inline void expect_states_move(const Exec& ex, const ReferenceShape& shape, DType states = DType::f32) {
     const ModelCase c(shape);
     c.model->move_to(ex);
-    Decoder one(ex, *c.model, 3), two(ex, *c.model, 2);
+    Decoder one(ex, *c.model, 3, states), two(ex, *c.model, 2, states);
     const std::vector<int32_t> prompt{1, 2, 3, 4, 5}, slot{2}, other{0}, id{6};
     one.read(2, prompt);
     ModelState state = c.model->new_state(1);

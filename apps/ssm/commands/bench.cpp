@@ -22,8 +22,9 @@ namespace {
 
 struct Options {
     RunOptions run;
+    StateOptions states;
     std::string model, shape, config;
-    int64_t prompt = 512, generate = 128, train_length = 0, train_batch = 4;
+    int64_t prompt = 512, generate = 128, depth = 0, train_length = 0, train_batch = 4;
     bool recompute = false;
     std::vector<int64_t> batches{1};
     int repeats = 5;
@@ -136,15 +137,19 @@ Test prefill_test(const Exec& ex, LanguageModel& model, int64_t t) {
             }};
 }
 
-// Greedy steps of b sequences; the host waits once, at the end.
-Test decode_test(const Exec& ex, LanguageModel& model, int64_t b, int64_t t) {
+// Greedy steps of b sequences that have read `depth` tokens each; the host waits once, at the end.
+Test decode_test(const Exec& ex, LanguageModel& model, DType states, int64_t b, int64_t t, int64_t depth) {
     const auto elements = static_cast<double>(model.matrix_elements()), batch = static_cast<double>(b);
-    auto decoder = std::make_shared<Decoder>(ex, model, b);
+    auto decoder = std::make_shared<Decoder>(ex, model, b, states);
     const double step_bytes = elements * static_cast<double>(size_of(model.dtype())) +
                               2.0 * batch * static_cast<double>(decoder->state_bytes_per_slot());
     std::vector<int32_t> slots;
-    for (int64_t i = 0; i < b; ++i) slots.push_back(static_cast<int32_t>(i));
-    const std::string name = b == 1 ? fmt::format("tg{}", t) : fmt::format("tg{}x{}", b, t);
+    for (int64_t i = 0; i < b; ++i) {
+        slots.push_back(static_cast<int32_t>(i));
+        if (depth > 0) decoder->read(i, random_ids(depth, model.vocab()));
+    }
+    std::string name = b == 1 ? fmt::format("tg{}", t) : fmt::format("tg{}x{}", b, t);
+    if (depth > 0) name += fmt::format("@{}", depth);
     return {name,
             b * t,
             {.flop = b > 1 ? 2 * elements * batch * static_cast<double>(t) : 0,
@@ -243,7 +248,10 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
         {"dtype", name_of(dtype)},
         {"peak_gigabytes", static_cast<double>(memory) * 1e-9},
         {"tokens_per_second_best", static_cast<double>(test.tokens) / *std::ranges::min_element(seconds)}};
-    if (test.steps > 0) result["milliseconds_per_step"] = 1e3 * time / static_cast<double>(test.steps);
+    if (test.steps > 0) {
+        result["state_dtype"] = o.states.dtype;
+        result["milliseconds_per_step"] = 1e3 * time / static_cast<double>(test.steps);
+    }
     if (floor > 0) result["percent_of_floor"] = 100 * floor / time;
     if (!bandwidth.empty())
         result[ex.device == Device::cpu ? "read_gigabytes_per_second" : "copy_gigabytes_per_second"] =
@@ -264,7 +272,8 @@ void run(const Options& o) {
     } else {
         if (o.prompt > 0) tests.push_back(prefill_test(ex, *model, o.prompt));
         for (const int64_t b : o.batches)
-            if (o.generate > 0) tests.push_back(decode_test(ex, *model, b, o.generate));
+            if (o.generate > 0)
+                tests.push_back(decode_test(ex, *model, o.states.type(), b, o.generate, o.depth));
     }
     GpuRates gpu;
     nlohmann::ordered_json results = nlohmann::ordered_json::array();
@@ -277,9 +286,11 @@ void run(const Options& o) {
                                : std::string();
             const std::string where =
                 ex.device == Device::cpu ? fmt::format("{} threads", ex.threads) : std::string("cuda");
+            const std::string type =
+                o.run.dtype + (test.steps > 0 && o.states.type() == DType::bf16 ? ", bf16 states" : "");
             std::printf("%-12s %10.1f tokens/s   %s%.1f %% of the floor   (%s, %s, median of %d)\n",
                         test.name.c_str(), r["tokens_per_second"].get<double>(), step.c_str(),
-                        r["percent_of_floor"].get<double>(), where.c_str(), o.run.dtype.c_str(), o.repeats);
+                        r["percent_of_floor"].get<double>(), where.c_str(), type.c_str(), o.repeats);
             std::fflush(stdout);
         }
     }
@@ -302,6 +313,9 @@ void add_bench(CLI::App& app) {
     c->add_option("--tg", o->generate, "Tokens to write one by one; 0: not measured")
         ->check(CLI::NonNegativeNumber)
         ->capture_default_str();
+    c->add_option("--depth", o->depth, "Tokens that each sequence has read before it is written on")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     c->add_option("--batch", o->batches, "Sequences written at once; several: each is measured")
         ->delimiter(',')
         ->check(CLI::Range(1, 1024))
@@ -317,6 +331,7 @@ void add_bench(CLI::App& app) {
     c->add_option("--repeats", o->repeats, "Measurements; the median counts")
         ->check(CLI::Range(1, 1000))
         ->capture_default_str();
+    o->states.add_to(*c);
     o->run.add_to(*c);
     c->callback([o] { run(*o); });
 }

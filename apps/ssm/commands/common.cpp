@@ -23,6 +23,14 @@ void RunOptions::add_to(CLI::App& command) {
     command.add_flag("--json", json, "Print the result as one JSON value");
 }
 
+void StateOptions::add_to(CLI::App& command) {
+    command
+        .add_option("--state-dtype", dtype,
+                    "Of the states while writing; bf16 (cuda): half the memory, faster, less exact")
+        ->check(CLI::IsMember({"f32", "bf16"}))
+        ->capture_default_str();
+}
+
 Exec RunOptions::exec() const {
     if (device == "cuda") return make_cuda_exec();
     return make_cpu_exec(threads);

@@ -26,6 +26,14 @@ struct RunOptions {
     DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
 };
 
+// --state-dtype: what a decoder keeps its states as.
+struct StateOptions {
+    std::string dtype = "f32";
+
+    void add_to(CLI::App& command);
+    DType type() const { return dtype == "bf16" ? DType::bf16 : DType::f32; }
+};
+
 // The model that ships with the program: beside the sources or under share/ssm of the installation. Throws
 // when neither is there.
 std::filesystem::path shipped_model();

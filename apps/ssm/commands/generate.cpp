@@ -14,6 +14,7 @@ namespace {
 
 struct Options {
     RunOptions run;
+    StateOptions states;
     std::string model, prompt, prompt_file, ids, save_state, load_state;
     bool greedy = false;
     SamplerOptions sampler{.temperature = 0.8f, .top_p = 0.95f};
@@ -44,7 +45,7 @@ void run(Options o) {
             "the prompt is empty; give --prompt, --prompt-file, --ids or --load-state");
     const auto model = load_model(dir, o.run.type());
     model->move_to(ex);
-    Session session(ex, *model);
+    Session session(ex, *model, o.states.type());
     Sampler sampler(o.sampler);
     if (!o.load_state.empty()) session.load(o.load_state, sampler);
 
@@ -116,6 +117,7 @@ void add_generate(CLI::App& app) {
     c->add_flag("--ignore-eos", o->generate.ignore_eos, "Go on after an end-of-text token");
     c->add_option("--save-state", o->save_state, "Write the state afterwards, to go on later");
     c->add_option("--load-state", o->load_state, "Start from a saved state");
+    o->states.add_to(*c);
     o->run.add_to(*c);
     c->callback([o] { run(*o); });
 }

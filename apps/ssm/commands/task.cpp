@@ -39,6 +39,10 @@ void fill_from(const TaskRecipe& r, Options& o) {
     const auto otherwise = [](int64_t& value, int64_t recipe) { value = value > 0 ? value : recipe; };
     otherwise(o.shape.e, r.e);
     otherwise(o.shape.layers, r.layers);
+    if (o.source.length == 0 && o.source.first_length == 0) {
+        o.source.first_length = r.first_length;
+        o.source.double_every = r.double_every;
+    }
     otherwise(o.source.length, r.length);
     otherwise(o.source.batch, r.batch);
     if (o.train.minutes == 0) otherwise(o.train.steps, r.steps);
@@ -49,7 +53,7 @@ void fill_from(const TaskRecipe& r, Options& o) {
         o.shape.dt_min = r.dt_min;
         o.shape.dt_max = r.dt_max;
     }
-    if (s.floor < 0) s.floor = s.peak;  // constant
+    if (s.floor < 0) s.floor = r.last_learning_rate > 0 ? std::min(r.last_learning_rate, s.peak) : s.peak;
     if (o.eval_lengths.empty()) o.eval_lengths = r.eval_lengths;
 }
 
@@ -192,6 +196,14 @@ void add_model_options(CLI::App& c, Options& o) {
 void add_train_options(CLI::App& c, Options& o) {
     TrainOptions& t = o.train;
     c.add_option("--length", o.source.length, "Tokens in a sequence")->check(CLI::PositiveNumber);
+    CLI::Option* first = c.add_option("--first-length", o.source.first_length,
+                                      "Begin with shorter sequences: with this length")
+                             ->check(CLI::PositiveNumber);
+    CLI::Option* every = c.add_option("--double-every", o.source.double_every,
+                                      "and double it every so many batches, up to --length")
+                             ->check(CLI::PositiveNumber);
+    first->needs(every);
+    every->needs(first);
     c.add_option("--batch", o.source.batch, "Sequences in a batch")->check(CLI::PositiveNumber);
     c.add_option("--accumulate", t.accumulate, "Batches in a step")
         ->check(CLI::PositiveNumber)
@@ -201,7 +213,7 @@ void add_train_options(CLI::App& c, Options& o) {
     c.add_option("--minutes", t.minutes, "End after so much time (resuming is then not exact)")
         ->check(CLI::NonNegativeNumber);
     c.add_option("--lr", t.schedule.peak, "Learning rate")->check(CLI::PositiveNumber);
-    c.add_option("--min-lr", t.schedule.floor, "Last learning rate, by a cosine; default --lr")
+    c.add_option("--min-lr", t.schedule.floor, "Last learning rate, by a cosine; the same as --lr: constant")
         ->check(CLI::NonNegativeNumber);
     c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber);
     add_loop_options(c, t);

@@ -35,9 +35,19 @@ template <int N, class T>
 __device__ inline Pack<T, N> load_pack(const T* p) {
     return *reinterpret_cast<const Pack<T, N>*>(p);
 }
+// As one number: a struct is stored member by member, and the compiler does not always join the stores again.
 template <int N, class T>
 __device__ inline void store_pack(T* p, const Pack<T, N>& v) {
-    *reinterpret_cast<Pack<T, N>*>(p) = v;
+    constexpr size_t kBytes = sizeof(Pack<T, N>);
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+        for (size_t i = 0; i < kBytes / 16; ++i)
+            reinterpret_cast<unsigned __int128*>(p)[i] = reinterpret_cast<const unsigned __int128*>(&v)[i];
+    } else if constexpr (kBytes == 8) {
+        *reinterpret_cast<uint64_t*>(p) = reinterpret_cast<const uint64_t&>(v);
+    } else {
+        *reinterpret_cast<Pack<T, N>*>(p) = v;
+    }
 }
 // Whether rows of `stride` elements that begin at p can be read as packs of N.
 template <class T>

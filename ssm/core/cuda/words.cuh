@@ -46,6 +46,35 @@ __device__ inline Words<T, N> load_words(const T* p) {
     return v;
 }
 
+template <int N, class T>
+__device__ inline void store_words(T* p, const Words<T, N>& v) {
+    constexpr int kBytes = Words<T, N>::kBytes;
+    static_assert(kBytes % 8 == 0);
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kBytes / 16; ++i)
+            reinterpret_cast<uint4*>(p)[i] = {v.at[4 * i], v.at[4 * i + 1], v.at[4 * i + 2], v.at[4 * i + 3]};
+    } else {
+        *reinterpret_cast<uint2*>(p) = {v.at[0], v.at[1]};
+    }
+}
+
+// N numbers, each rounded to T.
+template <class T, int N>
+__device__ inline Words<T, N> to_words(const float (&x)[N]) {
+    Words<T, N> v;
+#pragma unroll
+    for (int i = 0; i < Words<T, N>::kCount; ++i) {
+        if constexpr (sizeof(T) == 4) {
+            v.at[i] = __float_as_uint(x[i]);
+        } else {
+            const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+            v.at[i] = reinterpret_cast<const uint32_t&>(two);
+        }
+    }
+    return v;
+}
+
 // What is read once, and not written while the kernel runs: past L1. Not moved over other such statements.
 template <int N, class T>
 __device__ inline Words<T, N> load_words_once(const T* p) {

@@ -1,5 +1,6 @@
 // CUDA kernels of the causal convolution, forward and step. A thread owns a pack of channels and takes a run
 // of tokens through a window in registers, so that a row is read once (and k-1 rows of the run before).
+#include "ssm/core/cuda/launch.cuh"
 #include "ssm/ops/causal_conv1d/causal_conv1d_cuda.cuh"
 
 namespace ssm::cuda {
@@ -130,6 +131,39 @@ __global__ void __launch_bounds__(kConvThreads) FinalState(const __grid_constant
     }
 }
 
+// k = kTaps: all that a thread reads is asked for at once. blockIdx.y is the sequence.
+constexpr int kStepThreads = 128;
+
+template <class T, int N>
+__global__ void __launch_bounds__(kStepThreads) StepTaps(const __grid_constant__ StateParams<T> p) {
+    allow_next();
+    const int64_t d = p.in.d(), s = blockIdx.y;
+    const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) * N;
+    if (channel >= d) return wait_for_inputs();
+    T* state = p.state.data + (p.slots != nullptr ? p.slots[s] : s) * p.state.stride + channel;
+    Pack<float, kTaps> weight[N];
+    Pack<float, N> bias = {};
+#pragma unroll
+    for (int n = 0; n < N; ++n) weight[n] = load_pack<kTaps>(p.in.weight.data + (channel + n) * kTaps);
+    if (p.in.bias.data != nullptr) bias = load_pack<N>(p.in.bias.data + channel);
+    wait_for_inputs();
+    Pack<float, N> rows[kTaps];
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j)
+        rows[j] = load_floats<N>(j < kTaps - 1 ? state + j * d : p.in.x.data + s * p.in.x.stride + channel);
+    Pack<float, N> y;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float sum = bias.at[n];
+#pragma unroll
+        for (int j = 0; j < kTaps; ++j) sum = fmaf(weight[n].at[j], rows[j].at[n], sum);
+        y.at[n] = activate(sum, p.in.silu);
+    }
+#pragma unroll
+    for (int j = 1; j < kTaps; ++j) store_floats(state + (j - 1) * d, rows[j]);
+    store_floats(p.y.data + s * p.y.stride + channel, y);
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(kConvThreads) Step(const __grid_constant__ StateParams<T> p) {
     const int64_t d = p.in.d(), packs = d / N, k = p.in.k();
@@ -189,9 +223,19 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
     const int64_t s = in.x.shape[0], d = in.x.shape[1];
     if (s * d == 0) return;
     const StateParams<T> p{conv_inputs(in, {}), state, y, in.slots.data};
+    const auto packs_of = [&](int64_t n) {
+        return d % n == 0 && conv_packable(in.x, n) && conv_packable(y, n) && conv_packable(state, n);
+    };
+    if (in.weight.shape[1] == kTaps && s <= 65535 && packable(in.weight.data, in.weight.stride, kTaps) &&
+        in.weight.stride == kTaps && (!in.bias || in.bias.stride == 1) && packable(in.bias.data, 0, kTaps)) {
+        constexpr int64_t kPack = 4;
+        const bool wide = packs_of(kPack) && s * d / kPack >= int64_t{256} * ex.cuda->multiprocessors();
+        const dim3 blocks(blocks_for(wide ? d / kPack : d, kStepThreads), static_cast<unsigned>(s));
+        const auto kernel = wide ? StepTaps<T, kPack> : StepTaps<T, 1>;
+        return launch_overlapped(ex, kOp, kernel, {blocks, kStepThreads}, p);
+    }
     // Few channels: a thread each.
-    const bool packs = s * d >= int64_t{8192} * ex.cuda->multiprocessors() && d % N == 0 &&
-                       conv_packable(in.x, N) && conv_packable(y, N) && conv_packable(state, N);
+    const bool packs = s * d >= int64_t{8192} * ex.cuda->multiprocessors() && packs_of(N);
     if (packs) {
         Step<T, N><<<blocks_for(s * d / N, kConvThreads), kConvThreads, 0, stream_of(ex)>>>(p);
     } else {

@@ -15,7 +15,7 @@ void require_tensor(std::string_view name, const Tensor& t, DType dtype, const S
             name_of(dtype), to_string(shape), name_of(t.dtype()), to_string(t.shape()));
 }
 
-void check(const Exec& ex, const MambaStepInputs& in, View<float, 3> state, const Tensor& y) {
+void check(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y) {
     require_device(kOp, ex);
     require(static_cast<bool>(in.dt_weight) && in.A && in.x, kOp, "`x`, `dt_weight` or `A` is absent");
     const int64_t t = in.x.dim(0), d = in.A.shape[0], n = in.A.shape[1], r = in.dt_weight.weight().dim(1);
@@ -27,8 +27,10 @@ void check(const Exec& ex, const MambaStepInputs& in, View<float, 3> state, cons
     require_tensor("dbc", in.dbc, DType::f32, {t, r + 2 * n});
     require_shape_if(kOp, "dt_bias", "d", in.dt_bias, {d});
     require_shape_if(kOp, "D", "d", in.D, {d});
-    const int64_t states = in.slots ? state.shape[0] : t;
-    require_shape(kOp, "state", "t d n", state, {states, d, n});
+    require(state && state.rank() == 3 && (state.dtype() == DType::f32 || state.dtype() == DType::bf16), kOp,
+            "`state` must be f32 or bf16 [t d n]");
+    const int64_t states = in.slots ? state.dim(0) : t;
+    require_tensor("state", state, state.dtype(), {states, d, n});
     require_slots(kOp, ex.device == Device::cpu, in.slots, t, states);
 }
 
@@ -44,12 +46,13 @@ Tensor part(const Exec& ex, const MambaStepInputs& in, int64_t begin, int64_t en
 
 }  // namespace
 
-void mamba_step(const Exec& ex, const MambaStepInputs& in, View<float, 3> state, const Tensor& y) {
+void mamba_step(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y) {
     check(ex, in, state, y);
     if (y.size() == 0) return;
     if constexpr (kHasCuda) {
         if (ex.device == Device::cuda) return cuda::mamba_step(ex, in, state, y);
     }
+    if (state.dtype() != DType::f32) fail(ErrorCode::unsupported, kOp, "bf16 states need a GPU");
     const int64_t r = in.dt_weight.weight().dim(1), n = in.A.shape[1];
     const Tensor delta = Tensor::empty(ex, in.x.shape());
     linear(ex, part(ex, in, 0, r), in.dt_weight, {}, delta);
@@ -65,7 +68,7 @@ void mamba_step(const Exec& ex, const MambaStepInputs& in, View<float, 3> state,
         scan.z = in.z.view<const T, 2>();
         scan.delta_bias = in.dt_bias;
         scan.slots = in.slots;
-        selective_scan_step<T>(ex, scan, state, y.view<T, 2>());
+        selective_scan_step<T>(ex, scan, state.view<float, 3>(), y.view<T, 2>());
     });
 }
 

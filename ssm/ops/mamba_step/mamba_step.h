@@ -7,12 +7,13 @@
 //
 // Source     Gu & Dao 2023, algorithm 2; FalconMamba: Zuo et al. 2024.
 // Shapes     x, z, y: [t d] of T (f32 or bf16)   dbc: [t r+2n] f32   dt_weight: [d r] f32 or bf16
-//            dt_bias, D: [d] f32 or absent   A: [d n] f32   state: [t d n] f32, with slots [any d n].
+//            dt_bias, D: [d] f32 or absent   A: [d n] f32   state: [t d n] f32, on a GPU bf16 too, with
+//            slots [any d n].
 //            Rows may be strided. `y` may be `x` or `z`.
-// Numerics   f32; delta is rounded to a bf16 dt_weight's type where the operators run one after another.
-// Cost       8 t d n bytes of state and d r of dt_weight: bandwidth bound; t n d exponentials.
-// GPU        one kernel; else selective_scan_step after linear. dt_weight, A, D and dt_bias must not have
-// been
+// Numerics   f32 (y is of h before a bf16 state rounds it); delta is rounded to a bf16 dt_weight's type where
+// the operators run one after another. Cost       8 t d n bytes of state (bf16: 4) and d r of dt_weight:
+// bandwidth bound; t n d exponentials. GPU        one kernel; else selective_scan_step after linear.
+// dt_weight, A, D and dt_bias must not have been
 //            written by the kernel before.
 #pragma once
 
@@ -33,6 +34,6 @@ struct MambaStepInputs {
     Slots slots = {};  // [t], rows of `state`, or absent
 };
 
-void mamba_step(const Exec& ex, const MambaStepInputs& in, View<float, 3> state, const Tensor& y);
+void mamba_step(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y);
 
 }  // namespace ssm

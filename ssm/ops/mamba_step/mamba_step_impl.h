@@ -5,6 +5,6 @@
 
 namespace ssm::cuda {
 
-void mamba_step(const Exec& ex, const MambaStepInputs& in, View<float, 3> state, const Tensor& y);
+void mamba_step(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y);
 
 }  // namespace ssm::cuda

@@ -77,16 +77,6 @@ __global__ void __launch_bounds__(kThreads, T <= 2 ? 3 : 2) Rows(const __grid_co
         weights.fetch(p, task, lane * N);
         if (holds) fetch_constants(p, task * R + r, ahead);
     }
-    if (p.ahead > 0) {
-        const int64_t bytes = p.i * static_cast<int64_t>(sizeof(W)) / 16 * 16, n = threadIdx.x / (kWarps * R),
-                      row = (static_cast<int64_t>(threadIdx.x / R % kWarps + (n + 1) * kWarps) * gridDim.x +
-                             blockIdx.x) *
-                                R +
-                            threadIdx.x % R;
-        if (n * kWarps * R * bytes < p.ahead && row < p.o)
-            prefetch_l2(static_cast<const W*>(p.weight) + row * p.weight_stride,
-                        static_cast<uint32_t>(bytes));
-    }
     Pack<float, P> norm_weight[1];
     fetch_norm_weights<P>(p, 0, norm_weight);
     wait_for_inputs();
@@ -129,7 +119,6 @@ void launch(const Exec& ex, Params p) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
     check(allowed, kOp);
     p.tasks = (p.o + R - 1) / R;
-    p.ahead = N * sizeof(W) == 16 ? knob("SSM_ROWS_AHEAD", 0) << 10 : 0;
     const int64_t blocks = std::min<int64_t>(p.tasks, kBlocks * ex.cuda->multiprocessors());
     launch_overlapped(ex, kOp, kernel, {static_cast<unsigned>(blocks), kThreads, shared}, p);
 }

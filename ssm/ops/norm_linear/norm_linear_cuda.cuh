@@ -29,10 +29,8 @@ struct ConvParams {
 
 struct Params {
     int64_t i, o, tasks;
-    int64_t ahead;    // bytes of W that a block asks for before its inputs are there
     int64_t v_bytes;  // of v in shared memory, in front of the rings
     int slots;        // of a ring
-    bool evict;
     int t;
     const void *x, *z;  // [t i]
     int64_t x_stride, z_stride;
@@ -54,7 +52,7 @@ struct Params {
 bool tiles(const Exec& ex, const Params& p, bool x_is_bf16);
 // By one round of small blocks, for small bf16 weights and up to 4 rows of x; false: it does not suit.
 bool split(const Exec& ex, const Params& p, bool x_is_bf16);
-// Through rings in shared memory, for large bf16 weights and up to 4 rows of x; false: it does not suit.
+// Through rings in shared memory, for large bf16 weights and up to 2 rows of x; false: it does not suit.
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16);
 
 // STAGING ONLY.

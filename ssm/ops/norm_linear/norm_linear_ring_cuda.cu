@@ -13,13 +13,14 @@
 namespace ssm::cuda::norm_linear_kernels {
 namespace {
 
-constexpr int kPiece = 2048 /* bytes of a row of W */, kPacks = kPiece / 16 / kWarp /* of a lane */;
-constexpr int kMostSlots = 16, kMostBytes = 200 << 10;
+constexpr int kMostWarps = 10, kMostThreads = kMostWarps * kWarp;
+constexpr int kMostSlots = 10, kMostBytes = 112 << 10;
 
 // The ring of a warp. Its first lane asks; the pieces of a task follow each other.
-template <class W, int R>
+template <class W, int R, int kPiece>
 struct Ring {
-    static constexpr int kColumns = kPiece / static_cast<int>(sizeof(W));
+    static constexpr int kColumns = kPiece / static_cast<int>(sizeof(W)),
+                         kPacks = kPiece / 16 / kWarp;  // of a lane
     unsigned char* slots;
     uint64_t* full;  // of each slot: its piece is there
     uint64_t policy;
@@ -38,11 +39,7 @@ struct Ring {
             // What is too much is computed, not stored.
             const int64_t row = task * R + r < p.o ? task * R + r : p.o - 1;
             const W* from = static_cast<const W*>(p.weight) + row * p.weight_stride + column;
-            if (p.evict) {
-                copy_bulk(slots + (to * R + r) * kPiece, from, bytes, full + to, policy);
-            } else {
-                copy_bulk(slots + (to * R + r) * kPiece, from, bytes, full + to);
-            }
+            copy_bulk(slots + (to * R + r) * kPiece, from, bytes, full + to, policy);
         }
         column += kColumns;
         if (column >= p.i) column = 0, task += turn;
@@ -81,94 +78,115 @@ struct Ring {
     }
 };
 
-// kPlain: neither norm nor gate. T: rows of x (p.t of them real). R: rows of W of a warp.
-template <class X, class W, bool kPlain, int T, int R>
-__global__ void __launch_bounds__(kThreads, T == 1 && (kPlain || sizeof(X) == 4) ? 4 : 3)
+// kPlain: neither norm nor gate. T: rows of x (p.t of them real). R: rows of W of a task. The first kWarps
+// warps stage v. A lane finishes one sum: of row lane % V / T and token lane % T of a warp's task number
+// lane / V, so that what its end needs is fetched once, for many tasks.
+template <class X, class W, bool kPlain, int T, int R, int kPiece>
+__global__ void __launch_bounds__(kMostThreads, T == 1 && (kPlain || sizeof(X) == 4) ? 3 : 2)
     Streamed(const __grid_constant__ Params p) {
     constexpr int V = R * T, kEach = kWarp / V, P = 16 / sizeof(X);
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ uint64_t full[kWarps][kMostSlots];
+    __shared__ uint64_t full[kMostWarps][kMostSlots];
     __shared__ float squares[kWarps][T];
     W* v = reinterpret_cast<W*>(memory);
     allow_next();
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane / kEach % T,
-              r = lane / kEach / T;
-    const bool holds = lane % kEach == 0;
-    const int64_t turn = static_cast<int64_t>(gridDim.x) * kWarps;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % T;
+    const int64_t turn = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
     int64_t task = static_cast<int64_t>(warp) * gridDim.x + blockIdx.x;
-    Ring<W, R> ring{.slots = memory + p.v_bytes + int64_t{warp} * p.slots * R * kPiece,
-                    .full = full[warp],
-                    .policy = read_once_policy(),
-                    .task = task,
-                    .turn = turn};
+    Ring<W, R, kPiece> ring{.slots = memory + p.v_bytes + int64_t{warp} * p.slots * R * kPiece,
+                            .full = full[warp],
+                            .policy = read_once_policy(),
+                            .task = task,
+                            .turn = turn};
     if (lane == 0) {
         for (int s = 0; s < p.slots; ++s) init_barrier(full[warp] + s, 1);
-        publish_barriers();
         for (int s = 0; s < p.slots; ++s) ring.ask(p, s);
     }
     __syncwarp();
+    int64_t row = (task + lane / V * turn) * R + lane % V / T;
     Ahead ahead;
-    if (task < p.tasks && holds) fetch_constants(p, task * R + r, ahead);
+    fetch_constants(p, row, ahead);
     Pack<float, P> norm_weight[2];
     if constexpr (!kPlain) fetch_norm_weights<P>(p, 0, norm_weight);
     wait_for_inputs();
-    if (task < p.tasks && holds) fetch_variables(p, task * R + r, t, ahead);
-    stage<X, W, kPlain, T, P>(p, norm_weight, v, squares);
+    fetch_variables(p, row, t, ahead);
+    if (warp < kWarps) stage<X, W, kPlain, T, P>(p, norm_weight, v, squares);
     __syncthreads();
     const float divide = kPlain ? 1.0f : division<T>(p, squares, t);
     while (task < p.tasks) {
-        float sums[2][V] = {};
-        for (int64_t base = 0; base < p.i; base += ring.kColumns) ring.template multiply<T>(p, v, base, sums);
+        float mine = 0.0f;
+        for (int n = 0; n < kEach && task < p.tasks; ++n, task += turn) {
+            float sums[2][V] = {};
+            for (int64_t base = 0; base < p.i; base += ring.kColumns)
+                ring.template multiply<T>(p, v, base, sums);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sums[0][k] += sums[1][k];
-        const float sum = sum_values<V>(sums[0]) * divide;
-        if (holds) finish(p, task * R + r, t, sum, ahead);
-        task += turn;
-        if (task >= p.tasks || !holds) continue;
-        fetch_constants(p, task * R + r, ahead);
-        fetch_variables(p, task * R + r, t, ahead);
+            for (int k = 0; k < V; ++k) sums[0][k] += sums[1][k];
+            const float sum = __shfl_sync(kAllLanes, sum_values<V>(sums[0]), lane % V * kEach);
+            if (lane / V == n) mine = sum;
+        }
+        finish(p, row, t, mine * divide, ahead);
+        if (task >= p.tasks) break;
+        row += kEach * turn * R;
+        fetch_constants(p, row, ahead);
+        fetch_variables(p, row, t, ahead);
     }
 }
 
 // ---- Launching ----
 
-template <class X, class W, bool kPlain, int T, int R>
+// As many warps a block as share out the tasks most evenly.
+int64_t warps_for(int64_t tasks, int64_t blocks) {
+    int64_t best = kWarps, idle = blocks * kMostWarps;
+    for (int64_t w = kWarps; w <= kMostWarps; ++w) {
+        const int64_t all = blocks * w, left = (tasks + all - 1) / all * all - tasks;
+        if (left < idle) best = w, idle = left;
+    }
+    return best;
+}
+
+template <class X, class W, bool kPlain, int T, int R, int kPiece>
 bool launch(const Exec& ex, Params p) {
-    const auto kernel = Streamed<X, W, kPlain, T, R>;
+    const auto kernel = Streamed<X, W, kPlain, T, R, kPiece>;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
     check(allowed, kOp);
     p.tasks = (p.o + R - 1) / R;
     p.v_bytes = (T * p.i * static_cast<int64_t>(sizeof(W)) + 127) / 128 * 128;
-    p.slots = static_cast<int>(std::min<int64_t>(knob("SSM_RING_KB", 12) * 1024 / (R * kPiece), kMostSlots));
-    p.evict = knob("SSM_RING_EVICT", 0) != 0;
-    const int64_t shared = p.v_bytes + int64_t{kWarps} * p.slots * R * kPiece;
-    if (shared > kMostBytes || p.slots < 1) return false;
+    p.slots = static_cast<int>(std::min<int64_t>(knob("SSM_RING_KB", 8) * 1024 / (R * kPiece), kMostSlots));
     const int64_t blocks =
-        std::min<int64_t>(p.tasks, knob("SSM_RING_BLOCKS", 1) * ex.cuda->multiprocessors());
-    launch_overlapped(ex, kOp, kernel, {static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared)},
-                      p);
+        std::min<int64_t>(p.tasks, knob("SSM_RING_BLOCKS", 2) * ex.cuda->multiprocessors());
+    const int64_t fixed = knob("SSM_RING_WARPS", 0), warps = fixed > 0 ? fixed : warps_for(p.tasks, blocks);
+    const int64_t shared = p.v_bytes + warps * p.slots * R * kPiece;
+    if (shared > kMostBytes || p.slots < 1) return false;
+    launch_overlapped(
+        ex, kOp, kernel,
+        {static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), static_cast<size_t>(shared)},
+        p);
     return true;
 }
 
-template <class X, class W, bool kPlain, int R>
-bool choose_tokens(const Exec& ex, const Params& p) {
-    if (p.t <= 1) return launch<X, W, kPlain, 1, R>(ex, p);
-    if (p.t <= 2) return launch<X, W, kPlain, 2, R>(ex, p);
-    return launch<X, W, kPlain, 4, R>(ex, p);
+// One row a task where all warps get at most one.
+template <class X, class W, bool kPlain, int T, int kPiece>
+bool choose_rows(const Exec& ex, const Params& p) {
+    const bool one = p.o <= int64_t{2} * kWarps * ex.cuda->multiprocessors();
+    if (knob("SSM_RING_ROWS", one ? 1 : 2) == 1) return launch<X, W, kPlain, T, 1, kPiece>(ex, p);
+    return launch<X, W, kPlain, T, 2, kPiece>(ex, p);
 }
 
 template <class X, class W, bool kPlain>
 bool choose(const Exec& ex, const Params& p) {
-    return knob("SSM_RING_ROWS", 2) == 2 ? choose_tokens<X, W, kPlain, 2>(ex, p)
-                                         : choose_tokens<X, W, kPlain, 1>(ex, p);
+    if (knob("SSM_RING_PIECE", 2048) == 1024)
+        return p.t <= 1 ? choose_rows<X, W, kPlain, 1, 1024>(ex, p)
+                        : choose_rows<X, W, kPlain, 2, 1024>(ex, p);
+    return p.t <= 1 ? choose_rows<X, W, kPlain, 1, 2048>(ex, p) : choose_rows<X, W, kPlain, 2, 2048>(ex, p);
 }
 
 }  // namespace
 
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t > knob("SSM_RING_T", 4) || p.groups > 1 || p.o > knob("SSM_RING_MOST", 1 << 30) ||
-        p.o * p.i < knob("SSM_RING_LEAST", 4 << 20))
+    if (p.t > std::min<int64_t>(knob("SSM_RING_T", 2), 2) || p.groups > 1 ||
+        p.o > knob("SSM_RING_MOST", 1 << 30) || p.i < knob("SSM_RING_COLUMNS", 1024) ||
+        p.o * p.i < (4 << 20))
         return false;
     if (!x_is_bf16) return choose<float, bf16, false>(ex, p);
     if (p.groups > 0 || p.gate != Gate::none) return choose<bf16, bf16, false>(ex, p);

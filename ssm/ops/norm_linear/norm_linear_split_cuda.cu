@@ -119,7 +119,7 @@ struct Shape {
 template <class X, class W, bool kPlain, int T, int R, int C>
 bool launch(const Exec& ex, const Params& p, const Shape& shape) {
     const int64_t blocks = (p.o + R - 1) / R;
-    if (blocks * shape.threads > knob("SSM_SPLIT_THREADS", 384) * ex.cuda->multiprocessors()) {
+    if (blocks * shape.threads > knob("SSM_SPLIT_THREADS", 640) * ex.cuda->multiprocessors()) {
         if constexpr (2 * R * C <= kMostPacks && 2 * R * T <= kWarp)
             return launch<X, W, kPlain, T, 2 * R, C>(ex, p, shape);
         return false;

@@ -107,8 +107,8 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
     }
 }
 
-template <class T>
-void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
+template <class T, class S>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 3> y) {
     const Sizes z = check_inputs("ssd_step", ex, in);
     if (z.t == 0) return;
     const int64_t states = in.slots ? state.shape[0] : z.t;
@@ -116,9 +116,13 @@ void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View
     require_slots("ssd_step", ex.device == Device::cpu, in.slots, z.t, states);
     require_shape("ssd_step", "y", "s h p", y, {z.t, z.h, z.p});
     if constexpr (kHasCuda) {
-        if (ex.device == Device::cuda) return cuda::ssd_step<T>(ex, in, state, y);
+        if (ex.device == Device::cuda) return cuda::ssd_step(ex, in, state, y);
     }
-    cpu::ssd_step<T>(ex, in, state, y);
+    if constexpr (std::is_same_v<S, float>) {
+        cpu::ssd_step<T>(ex, in, state, y);
+    } else {
+        fail(ErrorCode::unsupported, "ssd_step", "bf16 states need a GPU");
+    }
 }
 
 template void ssd<float>(const Exec&, const SsdInputs<float>&, View<float, 3>, View<float, 4>, View<float, 4>,
@@ -131,7 +135,9 @@ template void ssd_backward<float>(const Exec&, const SsdInputs<float>&, View<con
 template void ssd_backward<bf16>(const Exec&, const SsdInputs<bf16>&, View<const float, 4>,
                                  View<const bf16, 3>, View<const float, 4>, const SsdGradients<bf16>&,
                                  const SsdOptions&);
-template void ssd_step<float>(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
-template void ssd_step<bf16>(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);
+template void ssd_step(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
+template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);
+template void ssd_step(const Exec&, const SsdInputs<float>&, View<bf16, 4>, View<float, 3>);
+template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<bf16, 4>, View<bf16, 3>);
 
 }  // namespace ssm

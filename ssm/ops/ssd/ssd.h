@@ -90,8 +90,9 @@ void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> c
                   const SsdOptions& options = {});
 
 // One token of each of s sequences: rows of `in` are sequences; in.cu_seqlens and in.initial_state are
-// ignored. `state` [s h p n], with slots [any h p n], is advanced in place.
-template <class T>
-void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
+// ignored. `state` [s h p n], with slots [any h p n], is advanced in place: S is f32, on a GPU bf16 too (sums
+// are f32 all the same, and y is of the sums before they are rounded).
+template <class T, class S>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 3> y);
 
 }  // namespace ssm

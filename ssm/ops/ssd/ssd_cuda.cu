@@ -5,7 +5,7 @@
 namespace ssm::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 
 template <class T>
 struct OutputParams {
@@ -28,13 +28,16 @@ struct OutputTile {
 template <class T, int N>
 struct OutputTiles {
     OutputTile<T, N> in[2];
-    T C[kQ * (N + kPad)], M[kQ * kLdQ];
+    T C[kQ * (N + kPad)];
 };
 
-// The warp's 16 tokens and quarter of the columns of each product. Warps of one tensor core have different
-// tokens: the later they are, the more products.
-__device__ inline int own_row() { return static_cast<int>(threadIdx.x) / kWarp / 4 * 16; }
-__device__ inline int own_column() { return static_cast<int>(threadIdx.x) / kWarp % 4 * 16; }
+// The warp's 16 tokens and half of the columns. Warps of one tensor core have different tokens: the later
+// they are, the more products.
+__device__ inline int own_row() {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    return (warp < 4 ? warp : 7 - warp) * 16;
+}
+__device__ inline int own_column() { return static_cast<int>(threadIdx.x) / kWarp / 4 * 32; }
 
 template <class T, int N>
 __device__ void fetch(OutputTile<T, N>& m, const OutputParams<T>& a, int64_t index, const Tile& tile,
@@ -48,32 +51,32 @@ __device__ void fetch(OutputTile<T, N>& m, const OutputParams<T>& a, int64_t ind
     copy_D(m.D, a.in.D, part, kThreads - kP);
 }
 
-// The warp's block of M = exp(l_i - l_j) dt_j C B^T, on and below the diagonal.
+// The warp's rows of M = exp(l_i - l_j) dt_j C B^T, columns j0 .. j0 + 16, on and below the diagonal; as the
+// left operand of a product.
 template <class T>
-__device__ void store_pairs(T* to, const Times& times, const Sum& G) {
-    const int row = own_row(), column = own_column();
-    if (column > row) return;
+__device__ inline Left<T> pairs(const Times& times, const Sum& G, int row, int j0) {
     const float l[2] = {times.l[row + row_of(0)], times.l[row + row_of(2)]};
     Sum M;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-        const int j = column + column_of(e);
-        const bool seen = j <= row + row_of(e);
-        M.v[e] = seen ? G.v[e] * __expf(l[e / 2 % 2] - times.l[j]) * times.dt[j] : 0.0f;
+        const int j = j0 + column_of(e);
+        const float value = G.v[e] * __expf(l[e / 2 % 2] - times.l[j]) * times.dt[j];
+        M.v[e] = j <= row + row_of(e) ? value : 0.0f;
     }
-    store(to + row * kLdQ + column, kLdQ, M);
+    return as_left<T>(M);
 }
 
-// y + D x, the warp's block.
+// y + D x, the warp's block at column.
 template <class T, int N>
 __device__ void write_y(const OutputParams<T>& a, const OutputTile<T, N>& m, const Sum& Y, const Tile& tile,
-                        const Part& part) {
-    const int j = own_column() + column_of_four();
+                        const Part& part, int column) {
+    const int j = column + column_of_four();
     const auto write = [&](int i, Four f) {
         if (i >= tile.length) return;
         const Pack<T, 4> x = load_pack<4>(m.x + i * kLdP + j);
+        const Pack<float, 4> D = load_pack<4>(m.D + j);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) f.v[k] += m.D[j + k] * to_float(x.at[k]);
+        for (int k = 0; k < 4; ++k) f.v[k] += D.at[k] * to_float(x.at[k]);
         T* const to = a.y.data + (tile.begin + i) * a.y.stride + part.h * a.in.x.shape[2] + part.p0 + j;
         give_four(to, f, part.columns - j, true, a.packed_y);
     };
@@ -82,6 +85,13 @@ __device__ void write_y(const OutputParams<T>& a, const OutputTile<T, N>& m, con
     write(row + 8, four_of<true>(Y));
 }
 
+// What a block keeps of its tokens for all heads: C as left operands and G = C B^T.
+template <class T, int N>
+struct Own {
+    Left<T> C[N / 16];
+    Sum G[kQ / 16];
+};
+
 // y = exp(l) C S^T + M x + D x of a tile and the heads of a group, or a slice of them.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
@@ -89,9 +99,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
     extern __shared__ __align__(16) unsigned char memory[];
     auto& m = *reinterpret_cast<OutputTiles<T, N>*>(memory);
     constexpr int kLdN = N + kPad;
-    const int64_t groups = a.in.B.shape[1], parts = a.in.x.shape[1] / groups * a.ptiles;
-    const int64_t group = blockIdx.y / a.slices, slice = blockIdx.y % a.slices;
-    const int64_t last = group * parts + parts * (slice + 1) / a.slices;
+    const int64_t groups = a.in.B.shape[1], parts = a.in.x.shape[1] / groups * a.ptiles,
+                  group = blockIdx.y / a.slices, slice = blockIdx.y % a.slices,
+                  last = group * parts + parts * (slice + 1) / a.slices;
     int64_t v = group * parts + parts * slice / a.slices;
     const Tile tile = tile_at(a.tiling, blockIdx.x);
     const int n = static_cast<int>(a.in.B.shape[2]), row = own_row(), column = own_column();
@@ -103,26 +113,43 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
     fetch(m.in[0], a, blockIdx.x, tile, v);
     wait_copies();
     __syncthreads();
-    Sum G;
+    Own<T, N> own;
 #pragma unroll
-    for (int k = 0; k < N; k += 16)
-        multiply(G, left<false>(m.C, kLdN, row, k), right<false>(B, kLdN, k, column));
+    for (int k = 0; k < N / 16; ++k) own.C[k] = left<false>(m.C, kLdN, row, 16 * k);
+#pragma unroll
+    for (int j = 0; j < kQ / 16; ++j) {
+        if (16 * j > row) break;
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) multiply(own.G[j], own.C[k], right<false>(B, kLdN, 16 * k, 16 * j));
+    }
     for (int now = 0; v < last; ++v, now = 1 - now) {
         const OutputTile<T, N>& in = m.in[now];
         wait_copies();
-        __syncthreads();  // this head's tile is there, the other one and M are read
+        __syncthreads();  // this head's tile is there, the other one is read
         if (v + 1 < last) fetch(m.in[1 - now], a, blockIdx.x, tile, v + 1);
-        store_pairs(m.M, in.times, G);
-        Sum Y;
+        Sum Y[2];
 #pragma unroll
-        for (int k = 0; k < N; k += 16)
-            multiply(Y, left<false>(m.C, kLdN, row, k), right<false>(in.S, kLdN, k, column));
+        for (int k = 0; k < N / 16; ++k) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) Y.v[e] *= in.times.e[row + row_of(e)];
-        __syncthreads();
-        for (int k = 0; k <= row; k += 16)
-            multiply(Y, left<false>(m.M, kLdQ, row, k), right<true>(in.x, kLdP, k, column));
-        write_y(a, in, Y, tile, part_at(v, a.ptiles, a.in.x.shape[2]));
+            for (int c = 0; c < 2; ++c)
+                multiply(Y[c], own.C[k], right<false>(in.S, kLdN, 16 * k, column + 16 * c));
+        }
+        const float e[2] = {in.times.e[row + row_of(0)], in.times.e[row + row_of(2)]};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            Y[0].v[i] *= e[i / 2 % 2];
+            Y[1].v[i] *= e[i / 2 % 2];
+        }
+#pragma unroll
+        for (int j = 0; j < kQ / 16; ++j) {
+            if (16 * j > row) break;
+            const Left<T> M = pairs<T>(in.times, own.G[j], row, 16 * j);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) multiply(Y[c], M, right<true>(in.x, kLdP, 16 * j, column + 16 * c));
+        }
+        const Part part = part_at(v, a.ptiles, a.in.x.shape[2]);
+        write_y(a, in, Y[0], tile, part, column);
+        write_y(a, in, Y[1], tile, part, column + 16);
     }
 }
 

@@ -63,7 +63,7 @@ template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
                   View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
                   int64_t chunk);
-template <class T>
-void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y);
+template <class T, class S>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 3> y);
 
 }  // namespace ssm::cuda

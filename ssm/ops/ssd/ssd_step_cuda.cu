@@ -1,9 +1,11 @@
-// CUDA kernel of ssd_step: states are streamed through registers. L lanes take a row of n = W L numbers and,
+// CUDA kernel of ssd_step: states are streamed through registers. L lanes take a row of n = W L numbers, 16
+// bytes each, and,
 // one after another, U rows that lie next to each other; all loads are begun before the first is used. B and
 // C are held meanwhile. A lane of each row's group writes y.
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/core/cuda/warp_sums.cuh"
+#include "ssm/core/cuda/words.cuh"
 #include "ssm/ops/ssd/ssd_impl.h"
 
 namespace ssm::cuda {
@@ -11,10 +13,10 @@ namespace {
 
 constexpr int kMostThreads = 256;
 
-template <class T>
+template <class T, class S>
 struct StepParams {
     SsdInputs<T> in;
-    View<float, 4> state;
+    View<S, 4> state;
     View<T, 3> y;
 };
 
@@ -32,9 +34,9 @@ __device__ inline float skip_of(const SsdInputs<T>& in, int64_t h, int64_t row) 
 }
 
 // A warp: U 32 / L rows of one head of one sequence.
-template <class T, int L, int U>
-__global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ StepParams<T> a) {
-    constexpr int W = 4, kRows = U * kWarp / L;
+template <class T, class S, int L, int U>
+__global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ StepParams<T, S> a) {
+    constexpr int W = 16 / sizeof(S), kRows = U * kWarp / L;
     const SsdInputs<T>& in = a.in;
     const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = L * W;
     const int64_t blocks = (p + kRows - 1) / kRows;
@@ -44,21 +46,21 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
     const int lane = threadIdx.x % L, group = threadIdx.x % kWarp / L;
     const int64_t s = unit / (heads * blocks), h = unit / blocks % heads,
                   row = unit % blocks * kRows + group * U;
-    float* state = a.state.data + (in.slots.data != nullptr ? in.slots.data[s] : s) * a.state.stride +
-                   (h * p + row) * n + lane * W;
+    S* state = a.state.data + (in.slots.data != nullptr ? in.slots.data[s] : s) * a.state.stride +
+               (h * p + row) * n + lane * W;
 #pragma unroll
     for (int u = 0; u < U; ++u)
         if (lane % 8 == 0 && row + u < p) prefetch_l2(state + u * n);
     const float A = in.A.data[h * in.A.stride];
     wait_for_inputs();
 
-    Pack<float, W> S[U];
+    Words<S, W> held[U];
 #pragma unroll
     for (int u = 0; u < U; ++u)
-        if (row + u < p) S[u] = load_pack<W>(state + u * n);
+        if (row + u < p) held[u] = load_words<W>(state + u * n);
     const int64_t at = h / (heads / groups) * n + lane * W;
-    const Pack<T, W> B = load_pack<W>(in.B.data + s * in.B.stride + at),
-                     C = load_pack<W>(in.C.data + s * in.C.stride + at);
+    const Words<T, W> B = load_words<W>(in.B.data + s * in.B.stride + at),
+                      C = load_words<W>(in.C.data + s * in.C.stride + at);
     const T* x = in.x.data + s * in.x.stride + h * p + row;
     float inputs[U];
 #pragma unroll
@@ -68,12 +70,13 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
 #pragma unroll
     for (int u = 0; u < U; ++u) {
         if (row + u >= p) break;
+        float next[W];
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-            S[u].at[k] = fmaf(decay, S[u].at[k], dt * inputs[u] * to_float(B.at[k]));
-            sums[u] = fmaf(S[u].at[k], to_float(C.at[k]), sums[u]);
+            next[k] = fmaf(decay, held[u][k], dt * inputs[u] * B[k]);
+            sums[u] = fmaf(next[k], C[k], sums[u]);
         }
-        store_pack(state + u * n, S[u]);
+        store_words<W>(state + u * n, to_words<S>(next));
     }
     const float sum = sum_values<U, L>(sums);
     const int64_t mine = lane / (L / U), i = row + mine;
@@ -82,8 +85,8 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
 }
 
 // Any n: eight lanes a row.
-template <class T>
-__global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant__ StepParams<T> a) {
+template <class T, class S>
+__global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant__ StepParams<T, S> a) {
     constexpr int kLanes = 8, kRows = kMostThreads / kLanes;
     const SsdInputs<T>& in = a.in;
     const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = in.B.shape[2];
@@ -96,12 +99,13 @@ __global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant_
     const float x = inside ? to_float(in.x.data[s * in.x.stride + h * p + i]) : 0.0f;
     const T* B = in.B.data + s * in.B.stride + group * n;
     const T* C = in.C.data + s * in.C.stride + group * n;
-    float* S =
+    S* state =
         a.state.data + (in.slots.data != nullptr ? in.slots.data[s] : s) * a.state.stride + (h * p + i) * n;
     float y = 0.0f;
     for (int64_t k = threadIdx.x % kLanes; inside && k < n; k += kLanes) {
-        S[k] = fmaf(decay, S[k], dt * x * to_float(B[k]));
-        y = fmaf(S[k], to_float(C[k]), y);
+        const float next = fmaf(decay, to_float(state[k]), dt * x * to_float(B[k]));
+        state[k] = from_float<S>(next);
+        y = fmaf(next, to_float(C[k]), y);
     }
 #pragma unroll
     for (int offset = 1; offset < kLanes; offset *= 2) y += __shfl_xor_sync(kAllLanes, y, offset);
@@ -109,35 +113,38 @@ __global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant_
     a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip_of(in, h, i), x, y));
 }
 
-template <class T, int L, int U>
-void launch(const Exec& ex, const StepParams<T>& a) {
+template <class T, class S, int L, int U>
+void launch(const Exec& ex, const StepParams<T, S>& a) {
     constexpr int kRows = U * kWarp / L;
     const int64_t units = a.in.x.shape[0] * a.in.x.shape[1] * ((a.in.x.shape[2] + kRows - 1) / kRows);
     // Few states: small blocks, so that they reach every multiprocessor.
     int64_t threads = kMostThreads;
     while (threads > kWarp && units * kWarp < 2 * threads * ex.cuda->multiprocessors()) threads /= 2;
-    launch_overlapped(ex, "ssd_step", Step<T, L, U>,
+    launch_overlapped(ex, "ssd_step", Step<T, S, L, U>,
                       {blocks_for(units * kWarp, threads), static_cast<unsigned>(threads)}, a);
 }
 
 }  // namespace
 
-template <class T>
-void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<float, 4> state, View<T, 3> y) {
-    const StepParams<T> a{in, state, y};
+template <class T, class S>
+void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 3> y) {
+    constexpr int W = 16 / sizeof(S), kAligned = sizeof(T) * W < 16 ? W : 16 / sizeof(T);
+    const StepParams<T, S> a{in, state, y};
     const int64_t n = in.B.shape[2];
-    const bool packs = packable(state.data, state.stride, 4) && packable(in.B.data, in.B.stride, 4) &&
-                       packable(in.C.data, in.C.stride, 4);
-    if (packs && n == 128) return launch<T, 32, 8>(ex, a);
-    if (packs && n == 64) return launch<T, 16, 8>(ex, a);
-    if (packs && n == 32) return launch<T, 8, 8>(ex, a);
-    if (packs && n == 16) return launch<T, 4, 4>(ex, a);
+    const bool packs = packable(state.data, state.stride, W) && packable(in.B.data, in.B.stride, kAligned) &&
+                       packable(in.C.data, in.C.stride, kAligned);
+    if (packs && n == 128) return launch<T, S, 128 / W, 8>(ex, a);
+    if (packs && n == 64) return launch<T, S, 64 / W, 8>(ex, a);
+    if (packs && n == 32) return launch<T, S, 32 / W, 32 / W>(ex, a);
+    if (packs && n == 16) return launch<T, S, 16 / W, 16 / W>(ex, a);
     const dim3 blocks(static_cast<unsigned>(in.x.shape[0] * in.x.shape[1]),
                       blocks_for(in.x.shape[2], kMostThreads / 8));
-    launch_overlapped(ex, "ssd_step", StepPlain<T>, {blocks, kMostThreads}, a);
+    launch_overlapped(ex, "ssd_step", StepPlain<T, S>, {blocks, kMostThreads}, a);
 }
 
 template void ssd_step(const Exec&, const SsdInputs<float>&, View<float, 4>, View<float, 3>);
 template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<float, 4>, View<bf16, 3>);
+template void ssd_step(const Exec&, const SsdInputs<float>&, View<bf16, 4>, View<float, 3>);
+template void ssd_step(const Exec&, const SsdInputs<bf16>&, View<bf16, 4>, View<bf16, 3>);
 
 }  // namespace ssm::cuda

@@ -30,15 +30,17 @@ __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "me
 template <int kRows, int kColumns, int kThreads, class T>
 __device__ inline void copy_tile(T* to, const T* from, int64_t stride, int rows, int columns, bool packed) {
     constexpr int kLd = kColumns + kPad, kPack = 16 / sizeof(T), kPacks = kColumns / kPack;
-    static_assert(kRows * kPacks % kThreads == 0);
+    constexpr int kApart = kThreads / kPacks;  // rows between two packs of a thread
+    static_assert(kThreads % kPacks == 0 && kRows % kApart == 0);
     if (packed) {
+        const int row = static_cast<int>(threadIdx.x) / kPacks,
+                  column = static_cast<int>(threadIdx.x) % kPacks * kPack;
+        const T* source = from + row * stride + column;
+        T* const target = to + row * kLd + column;
+        const int inside = column < columns ? rows - row : 0;
 #pragma unroll
-        for (int k = 0; k < kRows * kPacks / kThreads; ++k) {
-            const int i = static_cast<int>(threadIdx.x) + k * kThreads, row = i / kPacks,
-                      column = i % kPacks * kPack;
-            const bool inside = row < rows && column < columns;
-            copy16(to + row * kLd + column, inside ? from + row * stride + column : from, inside);
-        }
+        for (int k = 0; k < kRows; k += kApart, source += kApart * stride)
+            copy16(target + k * kLd, k < inside ? source : from, k < inside);
     } else {
         for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
             const int row = i / kColumns, column = i % kColumns;
@@ -84,6 +86,7 @@ struct Part {
     int columns;
 };
 __device__ inline Part part_at(int64_t v, int64_t ptiles, int64_t p) {
+    if (ptiles == 1) return {v, 0, static_cast<int>(p)};  // no division
     const int64_t p0 = v % ptiles * kP;
     return {v / ptiles, p0, static_cast<int>(min(p - p0, static_cast<int64_t>(kP)))};
 }

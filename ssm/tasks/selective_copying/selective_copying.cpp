@@ -52,8 +52,11 @@ Task task() {
                        .e = 64,
                        .length = 4096,
                        .batch = 64,
-                       .steps = 400'000,
-                       .learning_rate = 1e-4,
+                       .steps = 15'000,
+                       .first_length = 256,
+                       .double_every = 3000,
+                       .learning_rate = 2e-3,
+                       .last_learning_rate = 1e-5,
                        .eval_lengths = {4096}}};
 }
 
