@@ -2,8 +2,6 @@
 // of W and a row of x does with it. Included by .cu files only.
 #pragma once
 
-#include <cstdlib>
-
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/words.cuh"
 #include "ssm/ops/norm_linear/norm_linear_impl.h"
@@ -29,8 +27,8 @@ struct ConvParams {
 
 struct Params {
     int64_t i, o, tasks;
+    int64_t ahead;    // bytes of W that a block asks for before its inputs are there
     int64_t v_bytes;  // of v in shared memory, in front of the rings
-    int slots;        // of a ring
     int t;
     const void *x, *z;  // [t i]
     int64_t x_stride, z_stride;
@@ -54,12 +52,6 @@ bool tiles(const Exec& ex, const Params& p, bool x_is_bf16);
 bool split(const Exec& ex, const Params& p, bool x_is_bf16);
 // Through rings in shared memory, for large bf16 weights and up to 2 rows of x; false: it does not suit.
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16);
-
-// STAGING ONLY.
-inline int64_t knob(const char* name, int64_t otherwise) {
-    const char* value = std::getenv(name);
-    return value != nullptr ? std::atoll(value) : otherwise;
-}
 
 template <int P>
 __device__ inline Pack<float, P> norm_weights(const Params& p, int64_t j) {

@@ -138,8 +138,9 @@ TEST(NormLinearCuda, ManyRowsOfTheWeight) {
     expect_for_all_types({.t = 5, .o = 9000, .i = 4104, .groups = 1});  // several tiles of a cluster
 }
 
-// Of up to 4 rows of x, through rings in shared memory.
+// Of up to 2 rows of x, through rings in shared memory.
 TEST(NormLinearCuda, LargeWeights) {
+    expect_for_bf16_weights({.t = 2, .o = 34001, .i = 1024, .groups = 1, .add = true});  // many a warp
     for (const int64_t t : {1, 2, 3}) {
         expect_for_bf16_weights({.t = t, .o = 2050, .i = 2048, .groups = 1, .add = true});
         expect_for_bf16_weights({.t = t, .o = 1027, .i = 4104, .bias = false});  // a piece of 16 bytes

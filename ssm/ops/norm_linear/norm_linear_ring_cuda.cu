@@ -3,7 +3,7 @@
 // slot is asked for again as soon as it has been read. So a multiprocessor always has about the whole ring
 // under way, and the rings are filled before the kernel waits for its inputs, while the kernels before it
 // end. A warp computes R neighbouring rows ("a task") with every row of x; tasks are dealt out to all warps
-// in turn. Shared: v [T i] of the weight's type, then [warps slots R kPiece] bytes.
+// in turn. Shared: v [T i] of the weight's type, then [warps] rings.
 #include <algorithm>
 
 #include "ssm/core/cuda/bulk.cuh"
@@ -13,14 +13,15 @@
 namespace ssm::cuda::norm_linear_kernels {
 namespace {
 
-constexpr int kMostWarps = 10, kMostThreads = kMostWarps * kWarp;
-constexpr int kMostSlots = 10, kMostBytes = 112 << 10;
+constexpr int kMostTokens = 2, kMostWarps = 10, kMostThreads = kMostWarps * kWarp;
+constexpr int kPiece = 2048 /* bytes of a row of W */, kPacks = kPiece / 16 / kWarp /* of a lane */;
+constexpr int kRing = 8 << 10 /* bytes of a warp */, kMostBytes = 112 << 10;
+constexpr int kBlocks = 2 /* of a multiprocessor */, kLeastColumns = 1024, kLeastElements = 4 << 20;
 
 // The ring of a warp. Its first lane asks; the pieces of a task follow each other.
-template <class W, int R, int kPiece>
+template <class W, int R>
 struct Ring {
-    static constexpr int kColumns = kPiece / static_cast<int>(sizeof(W)),
-                         kPacks = kPiece / 16 / kWarp;  // of a lane
+    static constexpr int kSlots = kRing / (R * kPiece), kColumns = kPiece / static_cast<int>(sizeof(W));
     unsigned char* slots;
     uint64_t* full;  // of each slot: its piece is there
     uint64_t policy;
@@ -74,33 +75,38 @@ struct Ring {
         }
         __syncwarp();
         if (lane == 0) ask(p, slot);
-        if (++slot == p.slots) slot = 0, parity ^= 1u;
+        if (++slot == kSlots) slot = 0, parity ^= 1u;
     }
 };
 
-// kPlain: neither norm nor gate. T: rows of x (p.t of them real). R: rows of W of a task. The first kWarps
-// warps stage v. A lane finishes one sum: of row lane % V / T and token lane % T of a warp's task number
-// lane / V, so that what its end needs is fetched once, for many tasks.
-template <class X, class W, bool kPlain, int T, int R, int kPiece>
-__global__ void __launch_bounds__(kMostThreads, T == 1 && (kPlain || sizeof(X) == 4) ? 3 : 2)
+template <class X, bool kPlain>
+constexpr bool kLean = kPlain || sizeof(X) == 4;  // no gate
+
+// Registers: 64 where there is no gate, so that the blocks of the kernels before and after find room too;
+// with one 80. kPlain: neither norm nor gate. T: rows of x (p.t of them real). R: rows of W of a task. The
+// first kWarps warps stage v. A lane finishes one sum: of row lane % V / T and token lane % T of a warp's
+// task number lane / V, so that what its end needs is fetched once, for many tasks.
+template <class X, class W, bool kPlain, int T, int R>
+__global__ void __launch_bounds__(T == 1 && !kLean<X, kPlain> ? 384 : kMostThreads,
+                                  T == 1 && kLean<X, kPlain> ? 3 : 2)
     Streamed(const __grid_constant__ Params p) {
     constexpr int V = R * T, kEach = kWarp / V, P = 16 / sizeof(X);
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ uint64_t full[kMostWarps][kMostSlots];
+    __shared__ uint64_t full[kMostWarps][Ring<W, R>::kSlots];
     __shared__ float squares[kWarps][T];
     W* v = reinterpret_cast<W*>(memory);
     allow_next();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % T;
     const int64_t turn = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
     int64_t task = static_cast<int64_t>(warp) * gridDim.x + blockIdx.x;
-    Ring<W, R, kPiece> ring{.slots = memory + p.v_bytes + int64_t{warp} * p.slots * R * kPiece,
-                            .full = full[warp],
-                            .policy = read_once_policy(),
-                            .task = task,
-                            .turn = turn};
+    Ring<W, R> ring{.slots = memory + p.v_bytes + int64_t{warp} * kRing,
+                    .full = full[warp],
+                    .policy = read_once_policy(),
+                    .task = task,
+                    .turn = turn};
     if (lane == 0) {
-        for (int s = 0; s < p.slots; ++s) init_barrier(full[warp] + s, 1);
-        for (int s = 0; s < p.slots; ++s) ring.ask(p, s);
+        for (int s = 0; s < ring.kSlots; ++s) init_barrier(full[warp] + s, 1);
+        for (int s = 0; s < ring.kSlots; ++s) ring.ask(p, s);
     }
     __syncwarp();
     int64_t row = (task + lane / V * turn) * R + lane % V / T;
@@ -144,20 +150,17 @@ int64_t warps_for(int64_t tasks, int64_t blocks) {
     return best;
 }
 
-template <class X, class W, bool kPlain, int T, int R, int kPiece>
+template <class X, class W, bool kPlain, int T, int R>
 bool launch(const Exec& ex, Params p) {
-    const auto kernel = Streamed<X, W, kPlain, T, R, kPiece>;
+    const auto kernel = Streamed<X, W, kPlain, T, R>;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
     check(allowed, kOp);
     p.tasks = (p.o + R - 1) / R;
     p.v_bytes = (T * p.i * static_cast<int64_t>(sizeof(W)) + 127) / 128 * 128;
-    p.slots = static_cast<int>(std::min<int64_t>(knob("SSM_RING_KB", 8) * 1024 / (R * kPiece), kMostSlots));
-    const int64_t blocks =
-        std::min<int64_t>(p.tasks, knob("SSM_RING_BLOCKS", 2) * ex.cuda->multiprocessors());
-    const int64_t fixed = knob("SSM_RING_WARPS", 0), warps = fixed > 0 ? fixed : warps_for(p.tasks, blocks);
-    const int64_t shared = p.v_bytes + warps * p.slots * R * kPiece;
-    if (shared > kMostBytes || p.slots < 1) return false;
+    const int64_t blocks = std::min<int64_t>(p.tasks, kBlocks * ex.cuda->multiprocessors()),
+                  warps = warps_for(p.tasks, blocks), shared = p.v_bytes + warps * kRing;
+    if (shared > kMostBytes) return false;
     launch_overlapped(
         ex, kOp, kernel,
         {static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), static_cast<size_t>(shared)},
@@ -166,28 +169,22 @@ bool launch(const Exec& ex, Params p) {
 }
 
 // One row a task where all warps get at most one.
-template <class X, class W, bool kPlain, int T, int kPiece>
+template <class X, class W, bool kPlain, int T>
 bool choose_rows(const Exec& ex, const Params& p) {
-    const bool one = p.o <= int64_t{2} * kWarps * ex.cuda->multiprocessors();
-    if (knob("SSM_RING_ROWS", one ? 1 : 2) == 1) return launch<X, W, kPlain, T, 1, kPiece>(ex, p);
-    return launch<X, W, kPlain, T, 2, kPiece>(ex, p);
+    if (p.o <= int64_t{kBlocks} * kWarps * ex.cuda->multiprocessors())
+        return launch<X, W, kPlain, T, 1>(ex, p);
+    return launch<X, W, kPlain, T, 2>(ex, p);
 }
 
 template <class X, class W, bool kPlain>
 bool choose(const Exec& ex, const Params& p) {
-    if (knob("SSM_RING_PIECE", 2048) == 1024)
-        return p.t <= 1 ? choose_rows<X, W, kPlain, 1, 1024>(ex, p)
-                        : choose_rows<X, W, kPlain, 2, 1024>(ex, p);
-    return p.t <= 1 ? choose_rows<X, W, kPlain, 1, 2048>(ex, p) : choose_rows<X, W, kPlain, 2, 2048>(ex, p);
+    return p.t <= 1 ? choose_rows<X, W, kPlain, 1>(ex, p) : choose_rows<X, W, kPlain, 2>(ex, p);
 }
 
 }  // namespace
 
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t > std::min<int64_t>(knob("SSM_RING_T", 2), 2) || p.groups > 1 ||
-        p.o > knob("SSM_RING_MOST", 1 << 30) || p.i < knob("SSM_RING_COLUMNS", 1024) ||
-        p.o * p.i < (4 << 20))
-        return false;
+    if (p.t > kMostTokens || p.groups > 1 || p.i < kLeastColumns || p.o * p.i < kLeastElements) return false;
     if (!x_is_bf16) return choose<float, bf16, false>(ex, p);
     if (p.groups > 0 || p.gate != Gate::none) return choose<bf16, bf16, false>(ex, p);
     return choose<bf16, bf16, true>(ex, p);

@@ -12,7 +12,8 @@ namespace ssm::cuda::norm_linear_kernels {
 namespace {
 
 constexpr int kMostThreads = 256, kMostWarps = kMostThreads / kWarp;
-constexpr int kMostPacks = 8;  // of W, of a thread
+constexpr int kMostPacks = 8 /* of W, of a thread */, kMostTokens = 4;
+constexpr int kThreadsAtOnce = 640;  // of all blocks, of a multiprocessor
 
 // N columns of v of one token; what it adds to the sum of squares.
 template <class W, bool kPlain, int N, class X>
@@ -119,7 +120,7 @@ struct Shape {
 template <class X, class W, bool kPlain, int T, int R, int C>
 bool launch(const Exec& ex, const Params& p, const Shape& shape) {
     const int64_t blocks = (p.o + R - 1) / R;
-    if (blocks * shape.threads > knob("SSM_SPLIT_THREADS", 640) * ex.cuda->multiprocessors()) {
+    if (blocks * shape.threads > kThreadsAtOnce * ex.cuda->multiprocessors()) {
         if constexpr (2 * R * C <= kMostPacks && 2 * R * T <= kWarp)
             return launch<X, W, kPlain, T, 2 * R, C>(ex, p, shape);
         return false;
@@ -150,7 +151,7 @@ bool choose_tokens(const Exec& ex, const Params& p) {
 }  // namespace
 
 bool split(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t > knob("SSM_SPLIT_T", 4) || p.groups > 1) return false;
+    if (p.t > kMostTokens || p.groups > 1) return false;
     if (!x_is_bf16) return choose_tokens<float, bf16, false>(ex, p);
     if (p.groups > 0 || p.gate != Gate::none) return choose_tokens<bf16, bf16, false>(ex, p);
     return choose_tokens<bf16, bf16, true>(ex, p);
