@@ -32,15 +32,36 @@ __device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
     }
 }
 
-// An arrival that counts once the bytes are there. Addresses and bytes are multiples of 16.
-__device__ inline void fetch_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+// Arrives; the barrier's phase then also waits for this many bytes.
+__device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
+}
+
+// An arrival that counts once the bytes are there. Addresses and bytes are multiples of 16.
+__device__ inline void fetch_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    expect_bytes(barrier, bytes);
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             shared_address(to)),
         "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// For what is read once: L2 gives it up first.
+__device__ inline uint64_t read_once_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+// Without the arrival: the bytes are expected already.
+__device__ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                 uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
         : "memory");
 }
 

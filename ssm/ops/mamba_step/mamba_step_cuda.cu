@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kFewThreads) Few(const __grid_constant__ Param
     const float *B = delta + p.r, *C = B + n;
     const float x = to_float(p.x.data[s * p.x.stride + c]), z = to_float(p.z.data[s * p.z.stride + c]);
     float state = lane < n ? to_float(h[lane]) : 0.0f;
+    const float first_B = lane < n ? B[lane] : 0.0f, first_C = lane < n ? C[lane] : 0.0f;
     float dot = 0.0f;
     for (int j = lane * V, u = 0; j < p.r; j += kLanes * V, ++u) {
         const Words<W, V> now = u == 0 ? w[0] : u == 1 ? w[1] : load_words<V>(row + j);
@@ -98,9 +99,11 @@ __global__ void __launch_bounds__(kFewThreads) Few(const __grid_constant__ Param
     float sum = 0.0f;
     for (int j = lane; mine && j < n; j += kLanes) {
         if (j >= kLanes) state = to_float(h[j]);
-        state = fmaf(exp2_fast(dt * kLog2E * (j < kLanes ? a : A[j])), state, dt * x * B[j] * B_scale);
+        const bool first = j < kLanes;
+        state = fmaf(exp2_fast(dt * kLog2E * (first ? a : A[j])), state,
+                     dt * x * (first ? first_B : B[j]) * B_scale);
         h[j] = from_float<S>(state);
-        sum = fmaf(C[j] * C_scale, state, sum);
+        sum = fmaf((first ? first_C : C[j]) * C_scale, state, sum);
     }
     sum = group_sum<kLanes>(sum);
     if (!mine || lane != 0) return;

@@ -6,92 +6,14 @@
 #include <algorithm>
 
 #include "ssm/core/cuda/warp_sums.cuh"
-#include "ssm/ops/norm_linear/norm_linear_cuda.cuh"
+#include "ssm/ops/norm_linear/norm_linear_stage.cuh"
 
 namespace ssm::cuda {
 namespace {
 
 using namespace norm_linear_kernels;
 
-constexpr int kThreads = 256, kBlocks = 2 /* of a multiprocessor */, kWarps = kThreads / kWarp, kMostRows = 8;
-constexpr int kMostShared = 200 << 10;
-
-// ---- Before the product: v in shared memory ----
-
-template <class X>
-__device__ inline float gate_of(const Params& p, int64_t t, int64_t j) {
-    return silu(to_float(static_cast<const X*>(p.z)[t * p.z_stride + j]));
-}
-
-// One group, or no norm: v without the division; squares[warp][t] are the warps' sums of squares.
-template <class X, class W, int T, int P>
-__device__ inline void stage(const Params& p, Pack<float, P> w, W* v, float (*squares)[T]) {
-    float sums[T] = {};
-    for (int64_t j = threadIdx.x * P; j < p.i; j += kThreads * P) {
-        if (j >= kThreads * P) w = norm_weights<P>(p, j);
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-            Pack<W, P> out;
-            if (t < p.t) {
-                const Pack<X, P> x = load_pack<P>(static_cast<const X*>(p.x) + t * p.x_stride + j);
-                Pack<X, P> z{};
-                if (p.gate != Gate::none) z = load_pack<P>(static_cast<const X*>(p.z) + t * p.z_stride + j);
-#pragma unroll
-                for (int k = 0; k < P; ++k) {
-                    const float g = p.gate != Gate::none ? silu(to_float(z.at[k])) : 1.0f;
-                    float one = to_float(x.at[k]);
-                    if (p.gate == Gate::before) one *= g;
-                    sums[t] = fmaf(one, one, sums[t]);
-                    if (p.gate == Gate::after) one *= g;
-                    out.at[k] = from_float<W>(one * w.at[k]);
-                }
-            } else {
-#pragma unroll
-                for (int k = 0; k < P; ++k) out.at[k] = from_float<W>(0.0f);
-            }
-            store_pack(v + t * p.i + j, out);
-        }
-    }
-    if (p.groups == 0) return;
-#pragma unroll
-    for (int t = 0; t < T; ++t) {
-        sums[t] = warp_sum(sums[t]);
-        if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp][t] = sums[t];
-    }
-}
-
-// Several groups: a warp takes one of one token; v is divided here.
-template <class X, class W, int T>
-__device__ inline void stage_groups(const Params& p, W* v) {
-    const int64_t width = p.i / p.groups;
-    for (int64_t unit = threadIdx.x / kWarp; unit < T * p.groups; unit += kWarps) {
-        const int64_t t = unit / p.groups, begin = unit % p.groups * width;
-        const bool real = t < p.t;
-        const X* x = static_cast<const X*>(p.x) + (real ? t : 0) * p.x_stride;
-        float sum = 0.0f;
-        for (int64_t j = begin + threadIdx.x % kWarp; real && j < begin + width; j += kWarp) {
-            const float one = to_float(x[j]) * (p.gate == Gate::before ? gate_of<X>(p, t, j) : 1.0f);
-            sum = fmaf(one, one, sum);
-        }
-        const float rstd = rsqrtf(warp_sum(sum) / static_cast<float>(width) + p.eps);
-        for (int64_t j = begin + threadIdx.x % kWarp; j < begin + width; j += kWarp) {
-            float one = 0.0f;
-            if (real)
-                one = to_float(x[j]) * (p.gate != Gate::none ? gate_of<X>(p, t, j) : 1.0f) * rstd *
-                      norm_weights<1>(p, j).at[0];
-            v[t * p.i + j] = from_float<W>(one);
-        }
-    }
-}
-
-template <int T>
-__device__ inline float division(const Params& p, const float (*squares)[T], int t) {
-    if (p.groups != 1) return 1.0f;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += squares[w][t];
-    return rsqrtf(sum / static_cast<float>(p.i) + p.eps);
-}
+constexpr int kBlocks = 2 /* of a multiprocessor */, kMostRows = 8, kMostShared = 200 << 10;
 
 // ---- The product ----
 
@@ -155,11 +77,12 @@ __global__ void __launch_bounds__(kThreads, T <= 2 ? 3 : 2) Rows(const __grid_co
         weights.fetch(p, task, lane * N);
         if (holds) fetch_constants(p, task * R + r, ahead);
     }
-    const Pack<float, P> norm_weight = norm_weights<P>(p, threadIdx.x * P);
+    Pack<float, P> norm_weight[1];
+    fetch_norm_weights<P>(p, 0, norm_weight);
     wait_for_inputs();
     if (task < p.tasks && holds) fetch_variables(p, task * R + r, t, ahead);
     if (p.groups <= 1) {
-        stage<X, W, T, P>(p, norm_weight, v, squares);
+        stage<X, W, false, T, P>(p, norm_weight, v, squares);
     } else {
         stage_groups<X, W, T>(p, v);
     }
@@ -279,7 +202,7 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
-    if (w16 && packs && tiles(ex, p, x16)) return true;
+    if (w16 && packs && (tiles(ex, p, x16) || split(ex, p, x16) || streamed(ex, p, x16))) return true;
     if (t > kMostRows || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
         return false;
     if (x16 && w16) {

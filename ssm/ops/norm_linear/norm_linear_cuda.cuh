@@ -27,7 +27,8 @@ struct ConvParams {
 
 struct Params {
     int64_t i, o, tasks;
-    int64_t ahead;  // bytes of W that a block asks for before its inputs are there
+    int64_t ahead;    // bytes of W that a block asks for before its inputs are there
+    int64_t v_bytes;  // of v in shared memory, in front of the rings
     int t;
     const void *x, *z;  // [t i]
     int64_t x_stride, z_stride;
@@ -47,6 +48,10 @@ struct Params {
 
 // By tensor cores, for bf16 weights and up to 32 rows of x; false: it does not suit.
 bool tiles(const Exec& ex, const Params& p, bool x_is_bf16);
+// By one round of small blocks, for small bf16 weights and up to 4 rows of x; false: it does not suit.
+bool split(const Exec& ex, const Params& p, bool x_is_bf16);
+// Through rings in shared memory, for large bf16 weights and up to 2 rows of x; false: it does not suit.
+bool streamed(const Exec& ex, const Params& p, bool x_is_bf16);
 
 template <int P>
 __device__ inline Pack<float, P> norm_weights(const Params& p, int64_t j) {

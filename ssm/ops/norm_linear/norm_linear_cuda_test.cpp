@@ -101,11 +101,15 @@ void expect_like_the_cpu(const Case& c, DType x, DType w, DType y) {
     EXPECT_LE(relative_l2(beside(there), beside(host)), 0.0);  // what is not y's stays
 }
 
-void expect_for_all_types(const Case& c) {
-    expect_like_the_cpu(c, DType::f32, DType::f32, DType::f32);
+void expect_for_bf16_weights(const Case& c) {
     if (c.gate == Gate::none)
         expect_like_the_cpu(c, DType::f32, DType::bf16, c.add ? DType::f32 : DType::bf16);
     expect_like_the_cpu(c, DType::bf16, DType::bf16, DType::f32);
+}
+
+void expect_for_all_types(const Case& c) {
+    expect_like_the_cpu(c, DType::f32, DType::f32, DType::f32);
+    expect_for_bf16_weights(c);
 }
 
 TEST(NormLinearCuda, Sizes) {
@@ -132,6 +136,50 @@ TEST(NormLinearCuda, ManyRowsOfTheWeight) {
     }
     for (const int64_t t : {13, 19, 40}) expect_for_all_types({.t = t, .o = 9000, .i = 520, .groups = 1});
     expect_for_all_types({.t = 5, .o = 9000, .i = 4104, .groups = 1});  // several tiles of a cluster
+}
+
+// Of up to 2 rows of x, through rings in shared memory.
+TEST(NormLinearCuda, LargeWeights) {
+    expect_for_bf16_weights({.t = 2, .o = 34001, .i = 1024, .groups = 1, .add = true});  // many a warp
+    for (const int64_t t : {1, 2, 3}) {
+        expect_for_bf16_weights({.t = t, .o = 2050, .i = 2048, .groups = 1, .add = true});
+        expect_for_bf16_weights({.t = t, .o = 1027, .i = 4104, .bias = false});  // a piece of 16 bytes
+        for (const Gate gate : {Gate::before, Gate::after})
+            expect_for_bf16_weights({.t = t, .o = 1100, .i = 4096, .groups = 1, .gate = gate, .add = true});
+        Case c{.t = t,
+               .o = 4501,
+               .i = 1032,
+               .groups = 1,
+               .taps = 4,
+               .first = 5,
+               .channels = 3000,
+               .slots = true};
+        expect_for_bf16_weights(c);
+        c.apart = 8;
+        expect_for_bf16_weights(c);
+        c.apart = 3;
+        expect_for_bf16_weights(c);
+    }
+}
+
+// Of up to 4 rows of x, by one round of small blocks.
+TEST(NormLinearCuda, SmallWeights) {
+    for (const int64_t t : {1, 2, 3}) {
+        for (const auto& [o, i] :
+             {std::pair<int64_t, int64_t>{160, 4096}, {161, 2056}, {768, 1536}, {1001, 520}})
+            for (const Gate gate : {Gate::none, Gate::before, Gate::after}) {
+                expect_for_bf16_weights({.t = t, .o = o, .i = i, .groups = 1, .gate = gate, .add = true});
+                expect_for_bf16_weights({.t = t, .o = o, .i = i, .bias = false, .apart = 8});
+            }
+        expect_for_bf16_weights({.t = t,
+                                 .o = 3350,
+                                 .i = 768,
+                                 .groups = 1,
+                                 .taps = 4,
+                                 .first = 1536,
+                                 .channels = 1792,
+                                 .slots = true});
+    }
 }
 
 TEST(NormLinearCuda, NormsAndGates) {

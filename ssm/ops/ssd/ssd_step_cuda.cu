@@ -21,9 +21,13 @@ struct StepParams {
 };
 
 template <class T>
-__device__ inline float step_size(const SsdInputs<T>& in, int64_t s, int64_t h) {
-    const float raw = to_float(in.dt.data[s * in.dt.stride + h]) +
-                      (in.dt_bias.data != nullptr ? in.dt_bias.data[h * in.dt_bias.stride] : 0.0f);
+__device__ inline float bias_of(const SsdInputs<T>& in, int64_t h) {
+    return in.dt_bias.data != nullptr ? in.dt_bias.data[h * in.dt_bias.stride] : 0.0f;
+}
+
+template <class T>
+__device__ inline float step_size(const SsdInputs<T>& in, int64_t s, int64_t h, float bias) {
+    const float raw = to_float(in.dt.data[s * in.dt.stride + h]) + bias;
     if (!in.dt_softplus) return raw;
     return fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), in.dt_min), in.dt_max);
 }
@@ -51,7 +55,9 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
 #pragma unroll
     for (int u = 0; u < U; ++u)
         if (lane % 8 == 0 && row + u < p) prefetch_l2(state + u * n);
-    const float A = in.A.data[h * in.A.stride];
+    const int64_t mine = lane / (L / U), i = row + mine;
+    const float A = in.A.data[h * in.A.stride], bias = bias_of(in, h),
+                skip = i < p ? skip_of(in, h, i) : 0.0f;
     wait_for_inputs();
 
     Words<S, W> held[U];
@@ -65,7 +71,8 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
     float inputs[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) inputs[u] = row + u < p ? to_float(x[u]) : 0.0f;
-    const float dt = step_size(in, s, h), decay = expf(dt * A);
+    const float own = i < p ? to_float(x[mine]) : 0.0f;
+    const float dt = step_size(in, s, h, bias), decay = expf(dt * A);
     float sums[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -79,9 +86,8 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
         store_words<W>(state + u * n, to_words<S>(next));
     }
     const float sum = sum_values<U, L>(sums);
-    const int64_t mine = lane / (L / U), i = row + mine;
     if (lane % (L / U) != 0 || i >= p) return;
-    a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip_of(in, h, i), to_float(x[mine]), sum));
+    a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip, own, sum));
 }
 
 // Any n: eight lanes a row.
@@ -94,7 +100,7 @@ __global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant_
     const int64_t i = blockIdx.y * kRows + threadIdx.x / kLanes;
     allow_next();
     wait_for_inputs();
-    const float dt = step_size(in, s, h), decay = expf(dt * in.A.data[h * in.A.stride]);
+    const float dt = step_size(in, s, h, bias_of(in, h)), decay = expf(dt * in.A.data[h * in.A.stride]);
     const bool inside = i < p;
     const float x = inside ? to_float(in.x.data[s * in.x.stride + h * p + i]) : 0.0f;
     const T* B = in.B.data + s * in.B.stride + group * n;
