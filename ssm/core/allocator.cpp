@@ -101,8 +101,8 @@ void Allocator::give(std::byte* p, size_t capacity) noexcept {
     if (!segments_.give(p)) free_[capacity].push_back(p);
 }
 
-// What is captured then finds as little as its first run did, whose blocks are let go: it places them the same
-// way, instead of cutting up the segment that the largest will need.
+// What is captured then finds as little as its first run did, whose blocks are let go: it places them the
+// same way, instead of cutting up the segment that the largest will need.
 void Allocator::start_withholding() {
     trim();
     std::lock_guard lock(mutex_);
