@@ -52,7 +52,7 @@ Task task() {
                        .e = 64,
                        .length = 4096,
                        .batch = 64,
-                       .steps = 15'000,
+                       .steps = 24'000,
                        .first_length = 256,
                        .double_every = 3000,
                        .learning_rate = 2e-3,
