@@ -48,7 +48,7 @@ void add_recompute(CLI::App& command, std::string& value) {
             "What a training step on a GPU computes again in its backward pass, for less memory: cheap "
             "(the default there) what costs little, layers (also without a value) nearly all; none is "
             "fastest")
-        ->type_name("[none|cheap|layers]")
+        ->type_name("KIND")
         ->check(CLI::IsMember({"none", "cheap", "layers"}))
         ->expected(0, 1);
 }
