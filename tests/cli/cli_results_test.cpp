@@ -237,9 +237,9 @@ TEST(CliDoctor, Json) {
     for (const char* key :
          {"read_gigabytes_per_second", "f32_gigaflop_per_second", "bf16_gigaflop_per_second"})
         EXPECT_GT(r["cpu"][key], 0) << key;
-    // With a GPU every operator was compared; without one it says why there is none.
+    // Every operator was compared; without a GPU it says why there is none.
     EXPECT_EQ(r["gpus"].empty(), r.contains("no_gpu"));
-    EXPECT_EQ(r["gpus"].empty(), r["checks"].empty());
+    EXPECT_GE(r["checks"].size(), 11u);
     for (const json& check : r["checks"]) EXPECT_EQ(check["ok"], true) << check;
 }
 

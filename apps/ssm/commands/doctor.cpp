@@ -104,14 +104,15 @@ std::vector<float> values_of(const Check& check, const Exec& ex) {
     Tape tape;
     Ctx ctx{.exec = ex, .tape = &tape, .cu_seqlens = cu_seqlens};
     const Var y = check.f(ctx, inputs);
-    if (y.value().size() > 1) y.set_grad(random_tensor(random, y.value().shape()).to(ex));
+    const Tensor result = y.value();  // the backward pass lets go of it
+    if (result.size() > 1) y.set_grad(random_tensor(random, result.shape()).to(ex));
     tape.backward();
     std::vector<float> all;
     const auto append = [&](const Tensor& t) {
         const Tensor host = t.to_host();
         all.insert(all.end(), host.data<float>(), host.data<float>() + host.size());
     };
-    append(y.value());
+    append(result);
     for (const Var& v : inputs) append(v.grad(ex));
     return all;
 }
@@ -157,7 +158,7 @@ double relative_l2(const std::vector<float>& actual, const std::vector<float>& e
     return std::sqrt(difference / norm);
 }
 
-nlohmann::ordered_json check_gpu(const Exec& here, const Exec& there) {
+nlohmann::ordered_json check_operators(const Exec& here, const Exec& there) {
     auto checks = norms_and_products();
     for (Check& c : recurrences()) checks.push_back(std::move(c));
     nlohmann::ordered_json all = nlohmann::ordered_json::array();
@@ -182,9 +183,9 @@ void print(const nlohmann::ordered_json& r) {
                     g["name"].get<std::string>().c_str(), g["compute_capability"].get<std::string>().c_str(),
                     g["multiprocessors"].get<int>(), g["memory_gigabytes"].get<double>());
     for (const auto& c : r["checks"])
-        std::printf("%-6s%-18s against the CPU, with its gradients: relative error %.1e\n",
+        std::printf("%-6s%-18s against %s, with its gradients: relative error %.1e\n",
                     c["ok"].get<bool>() ? "ok" : "WRONG", c["operator"].get<std::string>().c_str(),
-                    c["error"].get<double>());
+                    r["gpus"].empty() ? "one thread" : "the CPU", c["error"].get<double>());
 }
 
 void run(const RunOptions& o) {
@@ -207,14 +208,16 @@ void run(const RunOptions& o) {
                              {"memory_gigabytes", static_cast<double>(g.memory_bytes) * 1e-9}});
     if (gpus.empty()) {
         r["no_gpu"] = why;
+        r["checks"] = check_operators(make_cpu_exec(1), here);
     } else {
-        r["checks"] = check_gpu(here, make_cuda_exec());
+        r["checks"] = check_operators(here, make_cuda_exec());
     }
     o.json ? print_json(r) : print(r);
     for (const auto& c : r["checks"])
         if (!c["ok"].get<bool>())
-            fail(ErrorCode::numeric, "doctor", "the GPU's {} does not compute what the CPU's does",
-                 c["operator"].get<std::string>());
+            fail(ErrorCode::numeric, "doctor", "{} does not compute on {} what it does on {}",
+                 c["operator"].get<std::string>(), gpus.empty() ? "several threads" : "the GPU",
+                 gpus.empty() ? "one" : "the CPU");
 }
 
 }  // namespace
@@ -222,7 +225,7 @@ void run(const RunOptions& o) {
 void add_doctor(CLI::App& app) {
     auto o = std::make_shared<RunOptions>();
     CLI::App* c =
-        app.add_subcommand("doctor", "What this machine offers; each GPU operator against the CPU's");
+        app.add_subcommand("doctor", "What this machine offers; each operator on the GPU against the CPU");
     c->add_option("--threads", o->threads, "Threads; 0: all cores")->check(CLI::Range(0, 1024));
     c->add_flag("--json", o->json, "Print the result as one JSON value");
     c->callback([o] { run(*o); });
