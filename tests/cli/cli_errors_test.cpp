@@ -3,6 +3,7 @@
 
 #include <sys/wait.h>
 
+#include "ssm/core/device.h"
 #include "tests/support/byte_model.h"
 #include "tests/support/run_program.h"
 #include "tests/support/shared.h"
@@ -94,9 +95,19 @@ TEST_F(CliErrors, Prompts) {
     EXPECT_EQ(generate({"--prompt-file", "/nowhere"}), "ssm: [file] /nowhere: does not exist");
 }
 
+// What is missing, by how it was built; on a machine with a GPU nothing is (the tests with label gpu run
+// there).
+TEST_F(CliErrors, NoGpu) {
+    const ProgramResult r =
+        run_ssm({"generate", "--model", model_.dir(), "--prompt", "a", "--device", "cuda"});
+    if (kHasCuda && r.exit_code == 0) GTEST_SKIP() << "this machine has a GPU";
+    EXPECT_EQ(r.err,
+              kHasCuda
+                  ? "ssm: [device] the NVIDIA driver is missing or older than this CUDA; use --device cpu\n"
+                  : "ssm: [device] this build has no CUDA; use --device cpu\n");
+}
+
 TEST_F(CliErrors, Options) {
-    EXPECT_EQ(generate({"--prompt", "a", "--device", "cuda"}),
-              "ssm: [device] this build has no CUDA; use --device cpu");
     for (const Strings& wrong :
          {Strings{"--temperature", "-1"}, Strings{"--top-p", "0"}, Strings{"--top-p", "1.5"},
           Strings{"--min-p", "-0.5"}, Strings{"--repetition-penalty", "0"}, Strings{"--temperature", "nan"},
