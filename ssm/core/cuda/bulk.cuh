@@ -32,6 +32,10 @@ __device__ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
     }
 }
 
+__device__ inline void arrive_barrier(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Arrives; the barrier's phase then also waits for this many bytes.
 __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

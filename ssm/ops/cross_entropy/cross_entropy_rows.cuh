@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "ssm/core/cuda/bulk.cuh"
 #include "ssm/core/cuda/numbers.cuh"
 
 namespace ssm::cuda {
@@ -195,56 +196,21 @@ struct Slot {
     }
 };
 
-__device__ inline uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-                 : "memory");
-}
-__device__ inline void arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// Until the barrier's phase of this parity is over.
-__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
-    uint32_t done = 0;
-    while (done == 0) {
-        asm volatile(
-            "{\n\t.reg .pred over;\n\t"
-            "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, over;\n\t}"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-    }
-}
-// The barrier's phase is over when the bytes are there.
-__device__ inline void fetch(float* to, const float* from, uint32_t bytes, uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
-
 __device__ inline void fetch_rows(const Params& p, Ring& ring) {
     Slot slot;
     for (int64_t r = blockIdx.x; r < p.rows; r += gridDim.x) {
         const float* row = p.logits + r * p.stride;
         for (int64_t j = 0; j < p.v; j += kPiece, slot.next()) {
             const int64_t count = j + kPiece < p.stride ? kPiece : p.stride - j;
-            wait(&ring.empty[slot.at], slot.parity ^ 1u);
-            fetch(ring.pieces[slot.at], row + j, static_cast<uint32_t>(count * 4), &ring.full[slot.at]);
+            wait_barrier(&ring.empty[slot.at], slot.parity ^ 1u);
+            fetch_bulk(ring.pieces[slot.at], row + j, static_cast<uint32_t>(count * 4), &ring.full[slot.at]);
         }
     }
 }
 
 __device__ inline void give_back(Ring& ring, const Slot& slot) {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) arrive(&ring.empty[slot.at]);
+    if (threadIdx.x % kWarp == 0) arrive_barrier(&ring.empty[slot.at]);
 }
 
 // The same contract as Rows', for rows of up to kRingRow logits.
@@ -255,7 +221,6 @@ __global__ void __launch_bounds__(kRingThreads, 1) RingRows(const __grid_constan
     if (threadIdx.x == 0) {
         for (int i = 0; i < kSlots; ++i)
             init_barrier(&ring.full[i], 1), init_barrier(&ring.empty[i], kReaderWarps);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
@@ -274,7 +239,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) RingRows(const __grid_constan
         Slot again = slot;
         Sum sum;
         for (int j = mine; j < v + mine; j += kPiece, slot.next()) {
-            wait(&ring.full[slot.at], slot.parity);
+            wait_barrier(&ring.full[slot.at], slot.parity);
             const Pack<float, kPack> x[1] = {load_logits(&ring.pieces[slot.at][mine], j, v)};
             if constexpr (std::is_void_v<G>) give_back(ring, slot);
             add(sum, x);
