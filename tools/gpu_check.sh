@@ -106,22 +106,36 @@ PY
     return $status
 }
 
-# Out of memory is asked for by a test; everything else counts.
+# Every test in a process of its own, as many beside each other as there are cores: under the sanitizer a program of many
+# kernels takes minutes. Out of memory is asked for by a test; everything else counts.
 sanitize() {
-    local program status=0
+    local program count shard
     prepare
+    rm -f "$stage"/*.sanitized.log
     for program in "$stage"/bin/*_test; do
-        compute-sanitizer --error-exitcode 1 --report-api-errors no "$program" --gtest_brief=1 \
-            >"$stage/$(basename "$program").sanitized.log" 2>&1 &
+        count=$("$program" --gtest_list_tests | grep -c '^  ')
+        for ((shard = 0; shard < count; ++shard)); do echo "$program $count $shard"; done
+    done >"$stage/sanitize.list"
+    # shellcheck disable=SC2016
+    xargs -P "$(nproc)" -L 1 bash -c 'GTEST_TOTAL_SHARDS=$2 GTEST_SHARD_INDEX=$3 compute-sanitizer --error-exitcode 1 \
+        --report-api-errors no "$1" --gtest_brief=1 >"$0/$(basename "$1").$3.sanitized.log" 2>&1' "$stage" \
+        <"$stage/sanitize.list" || true
+    sanitized | tee "$out/gpu_sanitize.log"
+    ! grep -q FAILED "$out/gpu_sanitize.log"
+}
+
+# A line for each program: how many of its tests ended without an error.
+sanitized() {
+    local program name all clean log
+    for program in "$stage"/bin/*_test; do
+        name=$(basename "$program")
+        all=$(grep -c "^$program " "$stage/sanitize.list")
+        clean=$( (grep -l 'ERROR SUMMARY: 0 errors' "$stage/$name".*.sanitized.log || true) | wc -l)
+        echo "$name: $clean of $all tests without an error"
+        [[ $clean == "$all" ]] || for log in "$stage/$name".*.sanitized.log; do
+            grep -q 'ERROR SUMMARY: 0 errors' "$log" || { echo "FAILED: $name" && tail -n 20 "$log"; }
+        done
     done
-    wait
-    for program in "$stage"/bin/*_test; do
-        echo "== compute-sanitizer $(basename "$program")"
-        tail -n 3 "$stage/$(basename "$program").sanitized.log"
-        grep -q 'ERROR SUMMARY: 0 errors' "$stage/$(basename "$program").sanitized.log" || status=1
-    done >"$out/gpu_sanitize.log"
-    cat "$out/gpu_sanitize.log"
-    return $status
 }
 
 case $mode in
