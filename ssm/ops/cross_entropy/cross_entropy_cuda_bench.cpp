@@ -3,7 +3,7 @@
 
 #include "ssm/ops/cross_entropy/cross_entropy_impl.h"
 #include "ssm/ops/cross_entropy/cross_entropy_reference.h"
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {
