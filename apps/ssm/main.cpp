@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "apps/ssm/commands/bench.h"
+#include "apps/ssm/commands/common.h"
 #include "apps/ssm/commands/convert.h"
 #include "apps/ssm/commands/doctor.h"
 #include "apps/ssm/commands/eval.h"
@@ -54,6 +55,7 @@ int main(int argc, char** argv) {
     ssm::cli::add_convert(app);
     ssm::cli::add_bench(app);
     ssm::cli::add_doctor(app);
+    ssm::cli::refuse_overflow(app);
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {
