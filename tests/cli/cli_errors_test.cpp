@@ -174,7 +174,7 @@ TEST_F(CliErrors, Models) {
     for (const std::string& bytes :
          {std::string("abc"), weights.substr(0, 100), weights.substr(0, weights.size() / 2), weights + "x",
           size_lie + weights.substr(8), std::string(4096, '\0')}) {
-        EXPECT_EQ(with_weights(bytes).rfind("ssm: [safetensors] ", 0), 0u);
+        EXPECT_EQ(with_weights(bytes).rfind("ssm: [safetensors] DIR/model.safetensors: ", 0), 0u);
     }
     EXPECT_EQ(with_weights(""), "ssm: [file] DIR/model.safetensors: is empty");
 }
