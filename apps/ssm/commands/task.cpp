@@ -235,6 +235,7 @@ void add_task(CLI::App& app) {
     CLI::App* c = app.add_subcommand("task", "Train a small model on a synthetic task and test it");
     std::string names;
     for (const Task& t : tasks()) names += fmt::format("{}{}", names.empty() ? "" : ", ", t.name);
+    c->footer("Needed: --out to train in, or --eval.");
     c->add_option("name", o->name, "The task: " + names + "; sizes and rates are the published ones")
         ->required();
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, model, accuracy.json");

@@ -275,6 +275,9 @@ void add_train(CLI::App& app) {
     auto o = std::make_shared<Options>();
     o->train.schedule = {.peak = 1e-3, .floor = -1, .warmup = 100};
     CLI::App* c = app.add_subcommand("train", "Train a language model on text");
+    c->footer(
+        "Needed: --out, --data, one of --arch, --config and --init-from, and an end: --steps, --tokens or "
+        "--minutes.");
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, and the newest model");
     c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
     c->add_option("--recipe", o->recipe, "JSON file {option: value}; the command line wins");
