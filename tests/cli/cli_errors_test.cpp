@@ -259,6 +259,15 @@ TEST_F(CliErrors, AStateThatCannotBeSavedIsKnownFirst) {
     EXPECT_TRUE(fs::is_fifo(pipe));
 }
 
+TEST_F(CliErrors, Bench) {
+    EXPECT_EQ(complaint({"bench", "--model", model_.dir(), "--pp", "0", "--tg", "0"}),
+              "ssm: [bench] nothing to measure: --pp, --tg and --train-length are 0");
+    EXPECT_EQ(complaint({"bench", "--model", model_.dir(), "--shape", "mamba-130m"}),
+              "ssm: [bench] give one of --model, --shape and --config");
+    EXPECT_EQ(complaint({"bench", "--config", model_.folder.file("c.json", "x")}).rfind("ssm: [config] ", 0),
+              0u);
+}
+
 TEST_F(CliErrors, AModelIsNotConvertedOntoItself) {
     const std::string weights = read_file(model_.folder / "model.safetensors");
     for (const std::string& out : {model_.dir(), model_.dir() + "/."}) {

@@ -265,6 +265,8 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
 void run(const Options& o) {
     Exec ex = o.run.exec();
     const bool training = o.train_length > 0;
+    require(training || o.prompt > 0 || o.generate > 0, "bench",
+            "nothing to measure: --pp, --tg and --train-length are 0");
     if (training && o.run.type() == DType::bf16) ex.matmul = MatmulPrecision::bf16;
     const auto model = make_model(o);
     model->move_to(ex);
