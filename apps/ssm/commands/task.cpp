@@ -240,7 +240,8 @@ void add_task(CLI::App& app) {
         ->required();
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, model, accuracy.json");
     c->add_option("--eval", o->eval, "Model folder to test, without training");
-    c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
+    c->add_flag("--resume", o->resume,
+                "Continue the run in --out, if there is one, with its options where none are given");
     add_model_options(*c, *o);
     add_train_options(*c, *o);
     c->add_option("--eval-lengths", o->eval_lengths, "Lengths to test at: 64,1024")

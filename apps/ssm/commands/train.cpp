@@ -279,7 +279,8 @@ void add_train(CLI::App& app) {
         "Needed: --out, --data, one of --arch, --config and --init-from, and an end: --steps, --tokens or "
         "--minutes.");
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, and the newest model");
-    c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
+    c->add_flag("--resume", o->resume,
+                "Continue the run in --out, if there is one, with its options where none are given");
     c->add_option("--recipe", o->recipe, "JSON file {option: value}; the command line wins");
     add_model_options(*c, *o);
     add_data_options(*c, *o);
