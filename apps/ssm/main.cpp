@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "apps/ssm/commands/bench.h"
+#include "apps/ssm/commands/common.h"
 #include "apps/ssm/commands/convert.h"
 #include "apps/ssm/commands/doctor.h"
 #include "apps/ssm/commands/eval.h"
@@ -40,6 +41,7 @@ int main(int argc, char** argv) {
     CLI::App app{
         "ssm.cpp: train, run, evaluate and inspect state space models (Mamba, Mamba-2, Falcon Mamba)."};
     app.require_subcommand(1);
+    app.footer("ssm COMMAND --help lists a command's options. Exit: 0 ok, 1 failed, 2 usage.");
     app.set_version_flag("--version", std::string(SSM_VERSION));
     app.failure_message([](const CLI::App*, const CLI::Error& e) {
         return fmt::format("ssm: [usage] {}; --help says more\n", one_line(e.what()));
@@ -54,6 +56,7 @@ int main(int argc, char** argv) {
     ssm::cli::add_convert(app);
     ssm::cli::add_bench(app);
     ssm::cli::add_doctor(app);
+    ssm::cli::refuse_overflow(app);
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& e) {

@@ -36,10 +36,12 @@ void sync_folder(const std::filesystem::path& folder) noexcept {
 
 AtomicFile::AtomicFile(std::filesystem::path path) : path_(std::move(path)), partial_(path_) {
     partial_ += ".partial";
+    // A device or a pipe would be replaced by a file.
     std::error_code ignored;
-    if (std::filesystem::is_directory(path_, ignored)) {
-        fail(ErrorCode::io, "file", "{}: cannot be written: it is a directory",
-             printable(path_.string(), 400));
+    const auto status = std::filesystem::status(path_, ignored);
+    if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
+        fail(ErrorCode::io, "file", "{}: cannot be written: it is {}", printable(path_.string(), 400),
+             std::filesystem::is_directory(status) ? "a directory" : "not a regular file");
     }
     do {
         if (fd_ >= 0) ::close(fd_);

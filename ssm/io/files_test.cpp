@@ -102,6 +102,16 @@ TEST(AtomicFile, ErrorsOfPlace) {
               "[file] " + p + "/none/a: cannot be written: No such file or directory");
     EXPECT_EQ(error_of([&] { AtomicFile file(folder.path()); }),
               "[file] " + p + ": cannot be written: it is a directory");
+    // As root a rename would put a file in the place of /dev/null.
+    const fs::path pipe = folder / "pipe";
+    ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+    EXPECT_EQ(error_of([&] { AtomicFile file(pipe); }),
+              "[file] " + pipe.string() + ": cannot be written: it is not a regular file");
+    EXPECT_TRUE(fs::is_fifo(pipe));
+    // A link is replaced, what it points to is not.
+    fs::create_symlink(folder.file("target", "old"), folder / "link");
+    write_file_atomic(folder / "link", "new");
+    EXPECT_EQ(read_file(folder / "target") + read_file(folder / "link"), "oldnew");
 }
 
 TEST(AtomicFile, ReadOnlyFolder) {

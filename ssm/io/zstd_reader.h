@@ -6,9 +6,8 @@
 //                   "[zstd] PATH: damaged after byte N: Restored data doesn't match checksum"
 //                   "[zstd] PATH: is not zstd data"  (when the name ends in .zst)
 //                   "[text] PATH: line N is longer than M bytes"
-// Memory  two buffers of 256 KiB, the window of the frame (frames that need more than 128 MiB are refused),
-// and
-//         the line asked for.
+// Memory  two buffers of 256 KiB, the window of the frame (frames that need more than 128 MiB are
+//         refused), and the line asked for.
 #pragma once
 
 #include <cstddef>

@@ -35,16 +35,6 @@ inline std::vector<int32_t> read_eos(const ConfigReader& config) {
     return {ids.begin(), ids.end()};
 }
 
-// The names of a stack of blocks "backbone.layers.I.{norm.weight, mixer}" and what is around it.
-inline void name_backbone(ModelSpec& spec) {
-    spec.final_norm_name = "backbone.norm_f.weight";
-    spec.head_name = "lm_head.weight";
-}
-inline void add_backbone_layer(ModelSpec& spec, std::unique_ptr<Mixer> mixer) {
-    const std::string prefix = fmt::format("backbone.layers.{}", spec.layers.size());
-    spec.layers.push_back({prefix + ".norm.weight", prefix + ".mixer", std::move(mixer)});
-}
-
 // 1e-05 and not 9.999999747378752e-06; 2 and not 2.0, since transformers wants an integer where one is meant.
 inline nlohmann::ordered_json shortest(float x) {
     if (x == std::floor(x) && std::abs(x) < 1e9f) return static_cast<int64_t>(x);

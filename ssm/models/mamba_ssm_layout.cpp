@@ -25,4 +25,20 @@ Config read(const ConfigReader& config) {
             .ssm_cfg = config.object("ssm_cfg")};
 }
 
+std::string text(int64_t e, int64_t layers, int64_t vocab, bool tie_embeddings,
+                 const nlohmann::ordered_json& ssm_cfg) {
+    return to_text({{"d_model", e},
+                    {"d_intermediate", 0},
+                    {"n_layer", layers},
+                    {"vocab_size", vocab},
+                    {"ssm_cfg", ssm_cfg},
+                    {"attn_layer_idx", nlohmann::ordered_json::array()},
+                    {"attn_cfg", nlohmann::ordered_json::object()},
+                    {"rms_norm", true},
+                    {"residual_in_fp32", true},
+                    {"fused_add_norm", true},
+                    {"pad_vocab_size_multiple", 1},
+                    {"tie_embeddings", tie_embeddings}});
+}
+
 }  // namespace ssm::mamba_ssm_layout

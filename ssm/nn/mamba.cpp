@@ -28,11 +28,9 @@ MambaMixer::MambaMixer(const MambaConfig& c)
       in_proj_(c.e, 2 * c.d, c.projection_bias),
       x_proj_(c.d, c.r + 2 * c.n, false),
       dt_proj_(c.r, c.d, true, c.dt_scale),  // 1/sqrt(r): the published bound
-      out_proj_(c.d, c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))) {
-    const double conv_bound = 1.0 / std::sqrt(static_cast<double>(c.k));
+      out_proj_(c.d, c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))),
+      conv_(c.d, c.k, c.conv_bias) {
     dt_proj_.bias.init = init::dt_bias(c.dt_min, c.dt_max, c.dt_floor);
-    conv_weight_ = {{c.d, 1, c.k}, Parameter::Kind::vector, true, init::uniform(conv_bound), {}};
-    if (c.conv_bias) conv_bias_ = {{c.d}, Parameter::Kind::vector, false, init::uniform(conv_bound), {}};
     A_log_ = {{c.d, c.n}, Parameter::Kind::vector, false, init_A_log, {}};
     D_ = {{c.d}, Parameter::Kind::vector, false, init::constant(1.0f), {}};
 }
@@ -42,7 +40,7 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     auto* s = static_cast<MambaState*>(state);
     const Var xz = in_proj_.forward(ctx, u, ctx.activation);
     const Var z = xz.columns(c.d, 2 * c.d);
-    const Var x = convolved(ctx, xz.columns(0, c.d), s != nullptr ? &s->conv : nullptr);
+    const Var x = conv_.forward(ctx, xz.columns(0, c.d), s != nullptr ? &s->conv : nullptr);
     const Var dbc = x_proj_.forward(ctx, x);
     Var delta = dbc.columns(0, c.r), B = dbc.columns(c.r, c.r + c.n),
         C = dbc.columns(c.r + c.n, c.r + 2 * c.n);
@@ -60,14 +58,11 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     if (!ctx.inference()) A_ = Var();
     remade(ctx, delta,
            [this, low](Ctx& again) { return dt_proj_.forward_no_bias(again, low, again.activation); });
-    remade(ctx, x, [this, xz](Ctx& again) { return convolved(again, xz.columns(0, config_.d), nullptr); });
+    remade(ctx, x,
+           [this, xz](Ctx& again) { return conv_.forward(again, xz.columns(0, config_.d), nullptr); });
     const Var out = out_proj_.forward(ctx, y, ctx.branch());
     forget_scanned(ctx, y);
     return out;
-}
-
-Var MambaMixer::convolved(Ctx& ctx, const Var& x, Tensor* state) const {
-    return causal_conv1d(ctx, x, conv_weight_.var, conv_bias_.var, Activation::silu, state);
 }
 
 void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {
@@ -76,19 +71,7 @@ void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, M
     const Exec& ex = ctx.exec;
     const int64_t t = residual.dim(0);
     if (!A_) A_ = neg_exp(ctx, A_log_.var);
-    const Tensor xz = Tensor::empty(ex, {t, 2 * c.d}, ctx.activation);
-    const ConvStep conv{
-        .weight = conv_weight_.value().reshape({c.d, c.k}).view<const float, 2>(),
-        .bias = conv_bias_ ? conv_bias_.value().view<const float, 1>() : View<const float, 1>{},
-        .state = s.conv,
-        .slots = ctx.slots};
-    norm_linear(ex,
-                {.x = residual,
-                 .norm = RmsNormOptions{.eps = norm.eps},
-                 .norm_weight = norm.weight,
-                 .weight = in_proj_.packed(),
-                 .bias = in_proj_.bias_view()},
-                xz, {.conv = conv});
+    const Tensor xz = conv_.step(ctx, norm, residual, in_proj_, 0, s.conv);
     const Tensor x = xz.columns(0, c.d), dbc = Tensor::empty(ex, {t, c.r + 2 * c.n}),
                  y = Tensor::empty(ex, {t, c.d}, ctx.activation);
     norm_linear(ex, {.x = x, .weight = x_proj_.packed()}, dbc);
@@ -117,8 +100,7 @@ std::unique_ptr<MixerState> MambaMixer::new_state(const Exec& ex, int64_t s, con
 void MambaMixer::visit(const std::string& prefix, const ParameterVisitor& f) {
     f(prefix + ".A_log", A_log_);
     f(prefix + ".D", D_);
-    f(prefix + ".conv1d.weight", conv_weight_);
-    if (conv_bias_) f(prefix + ".conv1d.bias", conv_bias_);
+    conv_.visit(prefix + ".conv1d", f);
     in_proj_.visit(prefix + ".in_proj", f);
     x_proj_.visit(prefix + ".x_proj", f);
     dt_proj_.visit(prefix + ".dt_proj", f);

@@ -4,14 +4,15 @@
 //   delta  = W_dt delta         y = S6(x, softplus(delta + b_dt), A = -exp(A_log), B, C, D) silu(z)
 //   out    = W_out y
 //
-// Source     Gu & Dao 2023. FalconMamba: RMSNorm without weight on delta, B and C before W_dt (Zuo et al.
-// 2024). Shapes     u, out [t e]; x, z [t d]; delta (low rank) [t r]; B, C [t n].
+// Source     Gu & Dao 2023. FalconMamba: RMSNorm without weight on delta, B, C before W_dt (Zuo et al. 2024).
+// Shapes     u, out [t e]; x, z [t d]; delta (low rank) [t r]; B, C [t n].
 #pragma once
 
 #include <optional>
 
 #include "ssm/nn/linear.h"
 #include "ssm/nn/mixer.h"
+#include "ssm/nn/short_conv.h"
 
 namespace ssm {
 
@@ -43,11 +44,10 @@ public:
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 
 private:
-    Var convolved(Ctx& ctx, const Var& x, Tensor* state) const;
-
     MambaConfig config_;
     Linear in_proj_, x_proj_, dt_proj_, out_proj_;
-    Parameter conv_weight_, conv_bias_, A_log_, D_;
+    ShortConv conv_;
+    Parameter A_log_, D_;
     Var A_;  // -exp(A_log), kept in inference
 };
 

@@ -15,11 +15,8 @@ void Mamba2State::visit(const std::string& prefix,
 Mamba2Mixer::Mamba2Mixer(const Mamba2Config& c)
     : config_(c),
       in_proj_(c.e, 2 * c.d() + 2 * c.g * c.n + c.h, c.projection_bias),
-      out_proj_(c.d(), c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))) {
-    const double conv_bound = 1.0 / std::sqrt(static_cast<double>(c.k));
-    const int64_t channels = c.conv_channels();
-    conv_weight_ = {{channels, 1, c.k}, Parameter::Kind::vector, true, init::uniform(conv_bound), {}};
-    if (c.conv_bias) conv_bias_ = {{channels}, Parameter::Kind::vector, false, init::uniform(conv_bound), {}};
+      out_proj_(c.d(), c.e, c.projection_bias, 1.0 / std::sqrt(static_cast<double>(c.layers))),
+      conv_(c.conv_channels(), c.k, c.conv_bias) {
     const auto init_A_log = [low = c.A_min, high = c.A_max](Random& random, const Tensor& t) {
         for (int64_t i = 0; i < t.size(); ++i) {
             t.data<float>()[i] = static_cast<float>(std::log(random.uniform(low, high)));
@@ -39,23 +36,19 @@ Var Mamba2Mixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     const Var z = projected.columns(0, d);
     const Var dt = projected.columns(d + channels, d + channels + c.h);
     const Var before = projected.columns(d, d + channels),
-              xBC = convolved(ctx, before, s != nullptr ? &s->conv : nullptr);
+              xBC = conv_.forward(ctx, before, s != nullptr ? &s->conv : nullptr);
     const Var x = xBC.columns(0, d), B = xBC.columns(d, d + gn), C = xBC.columns(d + gn, d + 2 * gn);
     if (!ctx.inference() || !A_) A_ = neg_exp(ctx, A_log_.var);
     const SsdShape shape{c.h, c.p, c.g, c.n, c.dt_limit_min, c.dt_limit_max};
     const Var y = ssd(ctx, {x, dt, A_, B, C, D_.var, dt_bias_.var}, shape, s != nullptr ? &s->ssm : nullptr);
     if (!ctx.inference()) A_ = Var();
-    remade(ctx, xBC, [this, before](Ctx& again) { return convolved(again, before, nullptr); });
+    remade(ctx, xBC, [this, before](Ctx& again) { return conv_.forward(again, before, nullptr); });
     const auto gated = [this, y, z](Ctx& any) {
         return rms_norm(any, y, norm_weight_.var, z, gated_norm(), any.activation);
     };
     const Var normed = gated(ctx), out = out_proj_.forward(ctx, normed, ctx.branch());
     remade(ctx, normed, gated);
     return out;
-}
-
-Var Mamba2Mixer::convolved(Ctx& ctx, const Var& x, Tensor* state) const {
-    return causal_conv1d(ctx, x, conv_weight_.var, conv_bias_.var, Activation::silu, state);
 }
 
 RmsNormOptions Mamba2Mixer::gated_norm() const {
@@ -68,22 +61,9 @@ void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, 
     const auto& c = config_;
     auto& s = static_cast<Mamba2State&>(state);
     const Exec& ex = ctx.exec;
-    const int64_t t = residual.dim(0), d = c.d(), gn = c.g * c.n, channels = c.conv_channels();
+    const int64_t d = c.d(), gn = c.g * c.n, channels = c.conv_channels();
     if (!A_) A_ = neg_exp(ctx, A_log_.var);
-    const Tensor projected = Tensor::empty(ex, {t, in_proj_.weight.value().dim(0)}, ctx.activation);
-    const ConvStep conv{
-        .first = d,
-        .weight = conv_weight_.value().reshape({channels, c.k}).view<const float, 2>(),
-        .bias = conv_bias_ ? conv_bias_.value().view<const float, 1>() : View<const float, 1>{},
-        .state = s.conv,
-        .slots = ctx.slots};
-    norm_linear(ex,
-                {.x = residual,
-                 .norm = RmsNormOptions{.eps = norm.eps},
-                 .norm_weight = norm.weight,
-                 .weight = in_proj_.packed(),
-                 .bias = in_proj_.bias_view()},
-                projected, {.conv = conv});
+    const Tensor projected = conv_.step(ctx, norm, residual, in_proj_, d, s.conv);
     const auto columns = [&](int64_t begin, int64_t count) {
         return Var(projected.columns(begin, begin + count));
     };
@@ -113,8 +93,7 @@ void Mamba2Mixer::visit(const std::string& prefix, const ParameterVisitor& f) {
     f(prefix + ".A_log", A_log_);
     f(prefix + ".D", D_);
     f(prefix + ".dt_bias", dt_bias_);
-    f(prefix + ".conv1d.weight", conv_weight_);
-    if (conv_bias_) f(prefix + ".conv1d.bias", conv_bias_);
+    conv_.visit(prefix + ".conv1d", f);
     f(prefix + ".norm.weight", norm_weight_);
     in_proj_.visit(prefix + ".in_proj", f);
     out_proj_.visit(prefix + ".out_proj", f);

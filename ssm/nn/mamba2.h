@@ -12,6 +12,7 @@
 
 #include "ssm/nn/linear.h"
 #include "ssm/nn/mixer.h"
+#include "ssm/nn/short_conv.h"
 
 namespace ssm {
 
@@ -47,11 +48,11 @@ public:
 
 private:
     RmsNormOptions gated_norm() const;
-    Var convolved(Ctx& ctx, const Var& x, Tensor* state) const;
 
     Mamba2Config config_;
     Linear in_proj_, out_proj_;
-    Parameter conv_weight_, conv_bias_, A_log_, D_, dt_bias_, norm_weight_;
+    ShortConv conv_;
+    Parameter A_log_, D_, dt_bias_, norm_weight_;
     Var A_;
 };
 

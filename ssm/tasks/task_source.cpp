@@ -25,9 +25,9 @@ void write_sequences(const Task& task, uint64_t seed, TaskSplit split, uint64_t 
 }
 
 TaskSource::TaskSource(const Task& task, TaskSourceOptions options) : task_(task), options_(options) {
-    require(options.batch >= 1, "task", "batch must be at least 1 but is {}", options.batch);
     require(options.length >= task.shortest, "task", "'{}' needs a length of at least {} but it is {}",
             task.name, task.shortest, options.length);
+    require_batch("task", options.batch, options.length);
     if (options.first_length == 0) return;
     require(options.first_length >= task.shortest && options.first_length <= options.length, "task",
             "'{}' needs a first length in [{}, {}] but it is {}", task.name, task.shortest, options.length,

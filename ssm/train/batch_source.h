@@ -23,6 +23,14 @@ struct Batch {
     }
 };
 
+// Positions in a batch fit in 32 bits.
+inline void require_batch(const char* where, int64_t sequences, int64_t length) {
+    require(length >= 1, where, "length must be at least 1 but is {}", length);
+    require(sequences >= 1, where, "batch must be at least 1 but is {}", sequences);
+    require(sequences <= INT32_MAX / length, where, "a batch of {} x {} tokens is more than {}", sequences,
+            length, INT32_MAX);
+}
+
 struct SamplerState {
     uint64_t epoch = 0, position = 0;
     bool operator==(const SamplerState&) const = default;

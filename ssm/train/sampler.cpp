@@ -49,7 +49,7 @@ uint64_t Permutation::operator()(uint64_t i) const {
 }
 
 BatchSampler::BatchSampler(std::vector<WeightedFile> files, BatchSamplerOptions options) : options_(options) {
-    require(options.length >= 1 && options.batch >= 1, "sampler", "length and batch must be at least 1");
+    require_batch("sampler", options.batch, options.length);
     require(!files.empty(), "sampler", "no training data");
     const auto length = static_cast<uint64_t>(options.length);
     for (WeightedFile& source : files) {

@@ -1,6 +1,7 @@
 // Bad input to the command: one line "ssm: [where] what" on stderr, exit code 1; wrong usage: 2.
 #include <gtest/gtest.h>
 
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include "ssm/core/device.h"
@@ -57,6 +58,30 @@ TEST(CliUsage, WrongUsageIsTwo) {
     }
 }
 
+TEST(CliUsage, NumbersSayWhatIsAskedFor) {
+    const auto complaint = [](const Strings& arguments) { return failure_of(arguments, "", 2); };
+    const std::string more = "; --help says more";
+    EXPECT_EQ(complaint({"eval", "--window", "0"}),
+              "ssm: [usage] --window: must be greater than 0 but is 0" + more);
+    EXPECT_EQ(complaint({"bench", "--pp", "-1"}), "ssm: [usage] --pp: must be 0 or greater but is -1" + more);
+    EXPECT_EQ(complaint({"train", "--beta2", "1"}),
+              "ssm: [usage] --beta2: must be in [0, 1) but is 1" + more);
+    EXPECT_EQ(complaint({"train", "--minutes", "nan"}),
+              "ssm: [usage] --minutes: must be 0 or greater but is nan" + more);
+    EXPECT_EQ(complaint({"task", "induction-heads", "--dt-min", "nan"}),
+              "ssm: [usage] --dt-min: must be greater than 0 but is nan" + more);
+    EXPECT_EQ(complaint({"generate", "-n", "99999999999999999999"}),
+              "ssm: [usage] --tokens: must be a whole number in [-9223372036854775808, 9223372036854775807] "
+              "but is 99999999999999999999" +
+                  more);
+    for (const char* seed : {"-1", "18446744073709551616", "1.5", "x"}) {
+        EXPECT_EQ(
+            complaint({"generate", "--seed", seed}),
+            std::string("ssm: [usage] --seed: must be a whole number in [0, 18446744073709551615] but is ") +
+                seed + more);
+    }
+}
+
 class CliErrors : public testing::Test {
 protected:
     // The command's complaint, with the model's folder called DIR.
@@ -93,6 +118,7 @@ TEST_F(CliErrors, Prompts) {
     EXPECT_EQ(generate({"--ids", "1 257"}), "ssm: [model] token id 257 is outside the vocabulary of 257");
     EXPECT_EQ(generate({"--ids", "-1"}), "ssm: [model] token id -1 is outside the vocabulary of 257");
     EXPECT_EQ(generate({"--prompt-file", "/nowhere"}), "ssm: [file] /nowhere: does not exist");
+    EXPECT_EQ(generate({"--prompt-file", model_.dir()}), "ssm: [file] DIR: is a directory");
 }
 
 // What is missing, by how it was built; on a machine with a GPU nothing is (the tests with label gpu run
@@ -124,6 +150,8 @@ TEST_F(CliErrors, Options) {
 
 TEST_F(CliErrors, Models) {
     EXPECT_EQ(complaint({"inspect", "/nowhere"}), "ssm: [file] /nowhere/config.json: does not exist");
+    EXPECT_EQ(complaint({"generate", "--model", "/nowhere", "--prompt", "a"}),
+              "ssm: [file] /nowhere/config.json: does not exist");
     const std::string config = read_file(model_.folder / "config.json"),
                       weights = read_file(model_.folder / "model.safetensors");
     const auto with_config = [&](const std::string& text) {
@@ -146,7 +174,7 @@ TEST_F(CliErrors, Models) {
     for (const std::string& bytes :
          {std::string("abc"), weights.substr(0, 100), weights.substr(0, weights.size() / 2), weights + "x",
           size_lie + weights.substr(8), std::string(4096, '\0')}) {
-        EXPECT_EQ(with_weights(bytes).rfind("ssm: [safetensors] ", 0), 0u);
+        EXPECT_EQ(with_weights(bytes).rfind("ssm: [safetensors] DIR/model.safetensors: ", 0), 0u);
     }
     EXPECT_EQ(with_weights(""), "ssm: [file] DIR/model.safetensors: is empty");
 }
@@ -216,6 +244,37 @@ TEST_F(CliErrors, PlacesThatCannotBeWritten) {
         EXPECT_EQ(complaint({"convert", model_.dir(), "--out", place}).rfind("ssm: [checkpoint] ", 0), 0u);
     }
     EXPECT_EQ(read_file(model_.folder / "file"), "x");
+    EXPECT_EQ(complaint({"tokenizer", "train", "--data", "/nowhere.txt", "--out", below + ".json"}),
+              "ssm: [file] DIR/file/below.json: cannot be written: Not a directory");
+}
+
+// Known before the model reads and writes, not after.
+TEST_F(CliErrors, AStateThatCannotBeSavedIsKnownFirst) {
+    EXPECT_EQ(generate({"--prompt", "a", "--save-state", model_.dir()}),
+              "ssm: [file] DIR: cannot be written: it is a directory");
+    const fs::path pipe = model_.folder / "pipe";
+    ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+    EXPECT_EQ(generate({"--prompt", "a", "--save-state", pipe}),
+              "ssm: [file] DIR/pipe: cannot be written: it is not a regular file");
+    EXPECT_TRUE(fs::is_fifo(pipe));
+}
+
+TEST_F(CliErrors, Bench) {
+    EXPECT_EQ(complaint({"bench", "--model", model_.dir(), "--pp", "0", "--tg", "0"}),
+              "ssm: [bench] nothing to measure: --pp, --tg and --train-length are 0");
+    EXPECT_EQ(complaint({"bench", "--model", model_.dir(), "--shape", "mamba-130m"}),
+              "ssm: [bench] give one of --model, --shape and --config");
+    EXPECT_EQ(complaint({"bench", "--config", model_.folder.file("c.json", "x")}).rfind("ssm: [config] ", 0),
+              0u);
+}
+
+TEST_F(CliErrors, AModelIsNotConvertedOntoItself) {
+    const std::string weights = read_file(model_.folder / "model.safetensors");
+    for (const std::string& out : {model_.dir(), model_.dir() + "/."}) {
+        EXPECT_EQ(complaint({"convert", model_.dir(), "--out", out, "--dtype", "bf16"}),
+                  "ssm: [convert] --out is the model folder itself; give another, so that nothing is lost");
+    }
+    EXPECT_EQ(read_file(model_.folder / "model.safetensors"), weights);
 }
 
 // What cannot be printed is not success.

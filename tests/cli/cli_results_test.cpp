@@ -229,7 +229,6 @@ TEST(CliBench, Json) {
     EXPECT_EQ(deep[0]["test"], "tg2@600");
 }
 
-// There and back is the same bytes; in between, the same tokens.
 TEST(CliDoctor, Json) {
     const json r = json_of({"doctor", "--threads", "1", "--json"});
     EXPECT_EQ(r["cpu"]["threads"], 1);
@@ -243,6 +242,7 @@ TEST(CliDoctor, Json) {
     for (const json& check : r["checks"]) EXPECT_EQ(check["ok"], true) << check;
 }
 
+// There and back is the same bytes; in between, the same tokens.
 TEST(CliConvert, RoundTrip) {
     const ByteModel m;
     const TempFolder folder;

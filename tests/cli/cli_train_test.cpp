@@ -154,6 +154,10 @@ TEST_F(CliTrain, Errors) {
               "ssm: [corpus] cannot read `DIR/none.txt`: No such file or directory");
     EXPECT_EQ(complaint(arguments("a", {"--length", "100000"})),
               "ssm: [sampler] a file has 4801 tokens, fewer than one window of 100000");
+    EXPECT_EQ(complaint(arguments("a", {"--batch", "999999999999"})),
+              "ssm: [sampler] a batch of 999999999999 x 16 tokens is more than 2147483647");
+    EXPECT_EQ(complaint(arguments("a", {"--lr", "nan"})),
+              "ssm: [train] the learning rate must be positive but is nan");
     EXPECT_EQ(complaint(arguments("data.txt")),
               "ssm: [corpus] cannot create the cache folder `DIR/data.txt/cache`: Not a directory");
     EXPECT_EQ(complaint(arguments("a", {"--lr", "1e30", "--clip", "0", "--warmup", "0"})).substr(0, 33),
@@ -178,8 +182,10 @@ TEST_F(CliTrain, Errors) {
               "ssm: [recipe] `DIR/r.json`: \"lenght\" is not an option of a recipe");
     EXPECT_EQ(recipe(R"({"out": "x", "resume": true})"),
               "ssm: [recipe] `DIR/r.json`: \"resume\" is not an option of a recipe");
-    EXPECT_EQ(recipe(R"({"length": "long"})").substr(0, 38), "ssm: [recipe] `DIR/r.json`: \"length\": ");
+    EXPECT_EQ(recipe(R"({"length": "long"})"),
+              "ssm: [recipe] `DIR/r.json`: \"length\": --length: must be greater than 0 but is long");
     EXPECT_EQ(recipe(R"({"length": -1})").substr(0, 38), "ssm: [recipe] `DIR/r.json`: \"length\": ");
+    EXPECT_EQ(recipe(R"({"lr": null})"), "ssm: [recipe] `DIR/r.json`: \"lr\" has no value: null");
 }
 
 }  // namespace

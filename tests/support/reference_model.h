@@ -32,6 +32,19 @@ struct ReferenceShape {
     int64_t conv_channels() const { return kind == Kind::mamba ? d : d + 2 * g * n; }
 };
 
+// Mamba-2 with groups, another convolution, a head of its own and biases.
+inline ReferenceShape mamba2_with_groups() {
+    return {.kind = ReferenceShape::Kind::mamba2,
+            .e = 16,
+            .d = 32,
+            .n = 8,
+            .k = 3,
+            .tied = false,
+            .projection_bias = true,
+            .h = 4,
+            .g = 2};
+}
+
 struct ReferenceState {
     std::vector<double> conv;  // [k-1 channels]: the last inputs of the convolution
     std::vector<double> ssm;   // [d n] or [h p n]

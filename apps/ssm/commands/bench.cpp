@@ -265,6 +265,8 @@ nlohmann::ordered_json measure(const Exec& ex, const Test& test, const Options& 
 void run(const Options& o) {
     Exec ex = o.run.exec();
     const bool training = o.train_length > 0;
+    require(training || o.prompt > 0 || o.generate > 0, "bench",
+            "nothing to measure: --pp, --tg and --train-length are 0");
     if (training && o.run.type() == DType::bf16) ex.matmul = MatmulPrecision::bf16;
     const auto model = make_model(o);
     model->move_to(ex);
@@ -310,13 +312,13 @@ void add_bench(CLI::App& app) {
         ->check(CLI::IsMember(shape_names()));
     c->add_option("--config", o->config, "A config.json, with random weights");
     c->add_option("--pp", o->prompt, "Tokens to read at once; 0: not measured")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c->add_option("--tg", o->generate, "Tokens to write one by one; 0: not measured")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c->add_option("--depth", o->depth, "Tokens that each sequence has read before it is written on")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c->add_option("--batch", o->batches, "Sequences written at once; several: each is measured")
         ->delimiter(',')
@@ -324,10 +326,10 @@ void add_bench(CLI::App& app) {
         ->capture_default_str();
     c->add_option("--train-length", o->train_length,
                   "Measure a training step (gradients and AdamW) of this length")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c->add_option("--train-batch", o->train_batch, "Sequences in it")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     add_recompute(*c, o->recompute);
     c->add_option("--repeats", o->repeats, "Measurements; the median counts")

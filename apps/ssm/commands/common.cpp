@@ -5,10 +5,53 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <limits>
 
 #include "ssm/io/mapped_file.h"
 
 namespace ssm::cli {
+namespace {
+
+template <class Holds>
+CLI::Validator number(const char* type, const char* what, Holds holds) {
+    return CLI::Validator(
+        [=](const std::string& text) {
+            double value = 0;
+            const bool is_number = CLI::detail::lexical_cast(text, value);
+            return is_number && holds(value) ? std::string()
+                                             : fmt::format("must be {} but is {}", what, text);
+        },
+        type);
+}
+
+}  // namespace
+
+const CLI::Validator kPositive = number("POSITIVE", "greater than 0", [](double x) { return x > 0; }),
+                     kNotNegative = number("NONNEGATIVE", "0 or greater", [](double x) { return x >= 0; }),
+                     kBelowOne = number("[0, 1)", "in [0, 1)", [](double x) { return x >= 0 && x < 1; });
+
+void refuse_overflow(CLI::App& command) {
+    // CLI11 2.1 takes the nearest number instead, and -1 of an unsigned option for the largest.
+    const auto fits = []<class T>(T) {
+        return CLI::Validator(
+            [](const std::string& text) {
+                T value = 0;
+                const char* end = text.data() + text.size();
+                const auto [rest, error] = std::from_chars(text.data(), end, value);
+                return error == std::errc() && rest == end
+                           ? std::string()
+                           : fmt::format("must be a whole number in [{}, {}] but is {}",
+                                         std::numeric_limits<T>::min(), std::numeric_limits<T>::max(), text);
+            },
+            "");
+    };
+    for (CLI::Option* option : command.get_options()) {
+        const std::string type = option->get_type_name();  // "INT:POSITIVE"
+        if (type.starts_with("INT")) option->check(fits(int64_t{}));
+        if (type.starts_with("UINT")) option->check(fits(uint64_t{}));
+    }
+    for (CLI::App* below : command.get_subcommands(nullptr)) refuse_overflow(*below);
+}
 
 void RunOptions::add_to(CLI::App& command) {
     command.add_option("--device", device, "Where to compute")

@@ -14,6 +14,11 @@
 
 namespace ssm::cli {
 
+// Checks of numbers, NaN included, that say what is asked for.
+extern const CLI::Validator kPositive, kNotNegative, kBelowOne;
+// Numbers that no integer of 64 bits holds are refused, in every option of the command and its subcommands.
+void refuse_overflow(CLI::App& command);
+
 struct RunOptions {
     std::string device = "cpu";
     std::string dtype = "f32";

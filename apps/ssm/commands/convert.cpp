@@ -5,6 +5,8 @@
 #include <memory>
 
 #include "apps/ssm/commands/common.h"
+#include "ssm/io/atomic_file.h"
+#include "ssm/io/mapped_file.h"
 #include "ssm/models/registry.h"
 
 namespace ssm::cli {
@@ -18,15 +20,15 @@ struct Options {
 void run(const Options& o) {
     namespace fs = std::filesystem;
     const DType dtype = o.dtype == "bf16" ? DType::bf16 : DType::f32;
+    std::error_code ignored;
+    require(!fs::equivalent(o.dir, o.out, ignored), "convert",
+            "--out is the model folder itself; give another, so that nothing is lost");
     const auto model = load_model(o.dir, dtype);
     const Layout layout = o.layout == "mamba_ssm" ? Layout::mamba_ssm : Layout::hugging_face;
     save_model(*model, o.out, {.dtype = dtype, .max_shard_bytes = o.max_shard_bytes, .layout = layout});
     for (const char* name : {"tokenizer.json", "generation_config.json"}) {
-        std::error_code error;
-        if (!fs::exists(fs::path(o.dir) / name, error)) continue;
-        fs::copy_file(fs::path(o.dir) / name, fs::path(o.out) / name, fs::copy_options::overwrite_existing,
-                      error);
-        if (error) fail(ErrorCode::io, "convert", "{} cannot be copied: {}", name, error.message());
+        const fs::path from = fs::path(o.dir) / name;
+        if (fs::exists(from, ignored)) write_file_atomic(fs::path(o.out) / name, read_text_file(from));
     }
     std::fprintf(stderr, "%s: %lld parameters as %s\n", o.out.c_str(),
                  static_cast<long long>(model->parameter_count()), o.dtype.c_str());
@@ -46,7 +48,7 @@ void add_convert(CLI::App& app) {
         ->check(CLI::IsMember({"f32", "bf16"}))
         ->capture_default_str();
     c->add_option("--max-shard-bytes", o->max_shard_bytes, "Largest file of tensors")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     c->callback([o] { run(*o); });
 }

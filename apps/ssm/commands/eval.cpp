@@ -72,7 +72,7 @@ void add_eval(CLI::App& app) {
     c->add_option("--text", o->text, "File of text; - is stdin");
     c->add_option("--window", o->evaluate.window,
                   "Predicted tokens in a window; each starts from the empty state")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     c->add_flag("--carry-state", o->evaluate.carry_state, "Go on from the state of the window before");
     o->run.add_to(*c);

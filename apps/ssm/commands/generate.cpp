@@ -7,6 +7,8 @@
 
 #include "apps/ssm/commands/common.h"
 #include "ssm/generate/generator.h"
+#include "ssm/io/atomic_file.h"
+#include "ssm/io/mapped_file.h"
 #include "ssm/models/registry.h"
 
 namespace ssm::cli {
@@ -22,8 +24,9 @@ struct Options {
 };
 
 std::optional<Tokenizer> tokenizer_of(const std::filesystem::path& dir) {
-    if (!std::filesystem::exists(dir / "tokenizer.json")) return std::nullopt;
-    return Tokenizer::load(dir);
+    if (std::filesystem::exists(dir / "tokenizer.json")) return Tokenizer::load(dir);
+    read_text_file(dir / "config.json");  // its error, where this is no model folder at all
+    return std::nullopt;
 }
 
 std::vector<int32_t> prompt_ids(const Options& o, const Tokenizer* tokenizer) {
@@ -43,6 +46,7 @@ void run(Options o) {
     const auto ids = prompt_ids(o, tokenizer ? &*tokenizer : nullptr);
     require(!ids.empty() || !o.load_state.empty(), "generate",
             "the prompt is empty; give --prompt, --prompt-file, --ids or --load-state");
+    if (!o.save_state.empty()) AtomicFile(o.save_state);  // what cannot be saved is better known now
     const auto model = load_model(dir, o.run.type());
     model->move_to(ex);
     Session session(ex, *model, o.states.type());
@@ -97,7 +101,7 @@ void add_generate(CLI::App& app) {
     prompt->add_option("--ids", o->ids, "Token ids: \"1 2 3\"");
     prompt->require_option(0, 1);
     c->add_option("-n,--tokens", o->generate.max_tokens, "New tokens at most")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c->add_flag("--greedy", o->greedy, "Always the most likely token");
     c->add_option("--temperature", o->sampler.temperature, "Flattens (> 1) or sharpens (< 1); 0 is greedy")

@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "apps/ssm/commands/common.h"
 #include "ssm/core/error.h"
 #include "ssm/io/atomic_file.h"
 #include "ssm/io/mapped_file.h"
@@ -18,10 +19,13 @@ void apply_recipe(CLI::App& command, const fs::path& path) {
     for (const auto& [key, value] : recipe.items()) {
         if (key == "comment") continue;
         CLI::Option* option = command.get_option_no_throw("--" + key);
-        if (option == nullptr || key == "help" || key == "recipe" || key == "resume" || value.is_object() ||
-            value.is_null()) {
+        if (option == nullptr || key == "help" || key == "recipe" || key == "resume") {
             fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\" is not an option of a recipe", path.string(),
                  key);
+        }
+        if (value.is_object() || value.is_null()) {
+            fail(ErrorCode::bad_file, "recipe", "`{}`: \"{}\" has no value: {}", path.string(), key,
+                 value.dump());
         }
         if (option->count() > 0) continue;
         try {
@@ -53,23 +57,21 @@ void write_recipe(const CLI::App& command, const fs::path& path) {
 
 void add_loop_options(CLI::App& c, TrainOptions& t) {
     c.add_option("--warmup", t.schedule.warmup, "Steps to reach --lr")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c.add_option("--weight-decay", t.optimizer.weight_decay, "Of matrices; vectors and A_log have none")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
-    c.add_option("--beta2", t.optimizer.beta2, "AdamW")
-        ->check(CLI::Range(0.0, 0.9999999))
-        ->capture_default_str();
+    c.add_option("--beta2", t.optimizer.beta2, "AdamW")->check(kBelowOne)->capture_default_str();
     c.add_option("--clip", t.optimizer.clip, "Largest norm of the gradients; 0: any")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c.add_option("--checkpoint-every", t.checkpoint_every, "Steps; 0: only at the end")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
-    c.add_option("--keep", t.keep, "Checkpoints to keep")->check(CLI::PositiveNumber)->capture_default_str();
+    c.add_option("--keep", t.keep, "Checkpoints to keep")->check(kPositive)->capture_default_str();
     c.add_option("--log-every", t.log_every, "Steps between lines of metrics.jsonl")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
 }
 

@@ -21,4 +21,9 @@ const std::atomic<bool>& stop_on_signal() {
     return stop_requested;
 }
 
+void end_on_signal() {
+    std::signal(SIGINT, SIG_DFL);
+    std::signal(SIGTERM, SIG_DFL);
+}
+
 }  // namespace ssm::cli

@@ -149,6 +149,7 @@ void train(Options& o, const Task& task, const CLI::App& command) {
     }
     write_recipe(command, o.train.out / "recipe.json");
     const TrainSummary s = trainer.run(&stop_on_signal());
+    end_on_signal();
     Json result = {{"task", task.name},
                    {"model", o.out},
                    {"parameters", model->parameter_count()},
@@ -184,46 +185,42 @@ void start(CLI::App& command, Options& o) {
 
 void add_model_options(CLI::App& c, Options& o) {
     c.add_option("--arch", o.arch, "Architecture: mamba, mamba2, falcon_mamba")->capture_default_str();
-    c.add_option("--d-model", o.shape.e, "Width")->check(CLI::PositiveNumber);
-    c.add_option("--layers", o.shape.layers, "Layers")->check(CLI::PositiveNumber);
-    c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(CLI::NonNegativeNumber);
-    c.add_option("--dt-min", o.shape.dt_min, "First step sizes: from")->check(CLI::PositiveNumber);
-    c.add_option("--dt-max", o.shape.dt_max, "First step sizes: to")->check(CLI::PositiveNumber);
-    c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")
-        ->check(CLI::NonNegativeNumber);
+    c.add_option("--d-model", o.shape.e, "Width")->check(kPositive);
+    c.add_option("--layers", o.shape.layers, "Layers")->check(kPositive);
+    c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(kNotNegative);
+    c.add_option("--dt-min", o.shape.dt_min, "First step sizes: from")->check(kPositive);
+    c.add_option("--dt-max", o.shape.dt_max, "First step sizes: to")->check(kPositive);
+    c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")->check(kNotNegative);
 }
 
 void add_train_options(CLI::App& c, Options& o) {
     TrainOptions& t = o.train;
-    c.add_option("--length", o.source.length, "Tokens in a sequence")->check(CLI::PositiveNumber);
+    c.add_option("--length", o.source.length, "Tokens in a sequence")->check(kPositive);
     CLI::Option* first = c.add_option("--first-length", o.source.first_length,
                                       "Begin with shorter sequences: with this length")
-                             ->check(CLI::PositiveNumber);
+                             ->check(kPositive);
     CLI::Option* every = c.add_option("--double-every", o.source.double_every,
                                       "and double it every so many batches, up to --length")
-                             ->check(CLI::PositiveNumber);
+                             ->check(kPositive);
     first->needs(every);
     every->needs(first);
-    c.add_option("--batch", o.source.batch, "Sequences in a batch")->check(CLI::PositiveNumber);
-    c.add_option("--accumulate", t.accumulate, "Batches in a step")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
+    c.add_option("--batch", o.source.batch, "Sequences in a batch")->check(kPositive);
+    c.add_option("--accumulate", t.accumulate, "Batches in a step")->check(kPositive)->capture_default_str();
     c.add_option("--seed", o.source.seed, "Of the new model and of all sequences")->capture_default_str();
-    c.add_option("--steps", t.steps, "End after so many steps")->check(CLI::PositiveNumber);
+    c.add_option("--steps", t.steps, "End after so many steps")->check(kPositive);
     c.add_option("--minutes", t.minutes, "End after so much time (resuming is then not exact)")
-        ->check(CLI::NonNegativeNumber);
-    c.add_option("--lr", t.schedule.peak, "Learning rate")->check(CLI::PositiveNumber);
+        ->check(kNotNegative);
+    c.add_option("--lr", t.schedule.peak, "Learning rate")->check(kPositive);
     c.add_option("--min-lr", t.schedule.floor, "Last learning rate, by a cosine; the same as --lr: constant")
-        ->check(CLI::NonNegativeNumber);
-    c.add_option("--eps", t.optimizer.eps, "Adam")->check(CLI::PositiveNumber);
+        ->check(kNotNegative);
+    c.add_option("--eps", t.optimizer.eps, "Adam")->check(kPositive);
     add_loop_options(c, t);
     c.add_option("--valid-every", t.valid_every, "Steps between validations; 0: only at the end")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
-    c.add_option("--valid-length", o.valid_length, "Their length; default --length")
-        ->check(CLI::PositiveNumber);
+    c.add_option("--valid-length", o.valid_length, "Their length; default --length")->check(kPositive);
     c.add_option("--valid-sequences", o.valid_sequences, "Sequences to validate on")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
 }
 
@@ -238,21 +235,23 @@ void add_task(CLI::App& app) {
     CLI::App* c = app.add_subcommand("task", "Train a small model on a synthetic task and test it");
     std::string names;
     for (const Task& t : tasks()) names += fmt::format("{}{}", names.empty() ? "" : ", ", t.name);
+    c->footer("Needed: --out to train in, or --eval.");
     c->add_option("name", o->name, "The task: " + names + "; sizes and rates are the published ones")
         ->required();
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, model, accuracy.json");
     c->add_option("--eval", o->eval, "Model folder to test, without training");
-    c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
+    c->add_flag("--resume", o->resume,
+                "Continue the run in --out, if there is one, with its options where none are given");
     add_model_options(*c, *o);
     add_train_options(*c, *o);
     c->add_option("--eval-lengths", o->eval_lengths, "Lengths to test at: 64,1024")
         ->delimiter(',')
-        ->check(CLI::PositiveNumber);
+        ->check(kPositive);
     c->add_option("--eval-sequences", o->eval_sequences, "Sequences of each length, at most")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     c->add_option("--eval-tokens", o->eval_tokens, "Tokens of each length, at most (but one sequence)")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     o->run.add_to(*c);
     c->add_flag("--quiet", o->quiet, "No progress on stderr");

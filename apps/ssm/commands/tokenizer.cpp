@@ -76,7 +76,8 @@ Corpus count_pieces(const TrainOptions& options, BpeTrainer& trainer) {
 void run_train(TrainOptions options) {
     options.trainer.special_tokens = {options.separator};
     for (const std::string& token : options.special) options.trainer.special_tokens.push_back(token);
-    const auto file = output_file(options.out);
+    const auto path = output_file(options.out);
+    AtomicFile file(path);  // first of all: what cannot be written is not worth the work
     BpeTrainer trainer(options.trainer);
     const Corpus corpus = count_pieces(options, trainer);
     int64_t tokens = 0;
@@ -89,14 +90,15 @@ void run_train(TrainOptions options) {
     if (tokens < options.trainer.vocab_size)
         std::fprintf(stderr, "no further pair occurs %lld times: the vocabulary is smaller than asked for\n",
                      static_cast<long long>(options.trainer.min_frequency));
-    write_file_atomic(file, json);
+    file.write(json);
+    file.commit();
     if (options.json) {
-        print_json({{"file", file.string()},
+        print_json({{"file", path.string()},
                     {"vocab_size", tokens},
                     {"documents", corpus.documents},
                     {"bytes", corpus.bytes}});
     } else {
-        std::printf("%s\n", file.c_str());
+        std::printf("%s\n", path.c_str());
     }
 }
 

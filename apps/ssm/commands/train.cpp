@@ -207,16 +207,14 @@ void add_model_options(CLI::App& c, Options& o) {
     c.add_option("--arch", o.arch, "Architecture of a new model: mamba, mamba2, falcon_mamba");
     c.add_option("--config", o.config, "config.json of a new model, instead of --arch and its shape");
     c.add_option("--init-from", o.init_from, "Model folder to start from, instead of a new model");
-    c.add_option("--d-model", o.shape.e, "Width")->check(CLI::PositiveNumber)->capture_default_str();
-    c.add_option("--layers", o.shape.layers, "Layers")->check(CLI::PositiveNumber)->capture_default_str();
-    c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(CLI::NonNegativeNumber);
-    c.add_option("--expand", o.shape.expand, "Inner width / width")->check(CLI::PositiveNumber);
-    c.add_option("--d-conv", o.shape.k, "Convolution width")->check(CLI::PositiveNumber);
-    c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")
-        ->check(CLI::NonNegativeNumber);
-    c.add_option("--n-groups", o.shape.g, "B/C groups (mamba2)")->check(CLI::PositiveNumber);
-    c.add_option("--dt-rank", o.shape.dt_rank, "Rank of delta (mamba); 0: the rule's")
-        ->check(CLI::NonNegativeNumber);
+    c.add_option("--d-model", o.shape.e, "Width")->check(kPositive)->capture_default_str();
+    c.add_option("--layers", o.shape.layers, "Layers")->check(kPositive)->capture_default_str();
+    c.add_option("--d-state", o.shape.n, "State size; 0: the architecture's")->check(kNotNegative);
+    c.add_option("--expand", o.shape.expand, "Inner width / width")->check(kPositive);
+    c.add_option("--d-conv", o.shape.k, "Convolution width")->check(kPositive);
+    c.add_option("--head-dim", o.shape.p, "Head dimension (mamba2); 0: the rule's")->check(kNotNegative);
+    c.add_option("--n-groups", o.shape.g, "B/C groups (mamba2)")->check(kPositive);
+    c.add_option("--dt-rank", o.shape.dt_rank, "Rank of delta (mamba); 0: the rule's")->check(kNotNegative);
     c.add_flag("--untied", o.untied, "A head of its own, not the embedding's");
 }
 
@@ -224,22 +222,17 @@ void add_data_options(CLI::App& c, Options& o) {
     c.add_option("--data", o.data,
                  "Texts: .txt or .jsonl, also .zst; FILE:3 visits a file three times an epoch");
     c.add_option("--valid", o.valid, "Texts to validate on");
-    c.add_option("--repeat", o.repeat, "Visits an epoch of files that do not say")
-        ->check(CLI::PositiveNumber);
+    c.add_option("--repeat", o.repeat, "Visits an epoch of files that do not say")->check(kPositive);
     c.add_option("--tokenizer", o.tokenizer,
                  "tokenizer.json; without it bytes are the ids (0..254, 255 ends a document)");
     c.add_option("--separator", o.documents.separator, "Line after each document of a .txt")
         ->capture_default_str();
     c.add_option("--text-field", o.documents.field, "Field of a .jsonl line")->capture_default_str();
     c.add_option("--cache", o.cache, "Folder of the token cache; default OUT/cache");
-    c.add_option("--length", o.sampler.length, "Tokens in a window")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
-    c.add_option("--batch", o.sampler.batch, "Windows in a batch")
-        ->check(CLI::PositiveNumber)
-        ->capture_default_str();
+    c.add_option("--length", o.sampler.length, "Tokens in a window")->check(kPositive)->capture_default_str();
+    c.add_option("--batch", o.sampler.batch, "Windows in a batch")->check(kPositive)->capture_default_str();
     c.add_option("--accumulate", o.train.accumulate, "Batches in a step")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->capture_default_str();
     c.add_flag("--packed", o.sampler.packed,
                "Whole documents, which never see each other, instead of windows");
@@ -249,16 +242,14 @@ void add_data_options(CLI::App& c, Options& o) {
 
 void add_run_options(CLI::App& c, Options& o) {
     TrainOptions& t = o.train;
-    c.add_option("--steps", t.steps, "End after so many steps")->check(CLI::NonNegativeNumber);
-    c.add_option("--tokens", t.tokens, "End after so many tokens")->check(CLI::NonNegativeNumber);
+    c.add_option("--steps", t.steps, "End after so many steps")->check(kNotNegative);
+    c.add_option("--tokens", t.tokens, "End after so many tokens")->check(kNotNegative);
     c.add_option("--minutes", t.minutes, "End after so much time (resuming is then not exact)")
-        ->check(CLI::NonNegativeNumber);
+        ->check(kNotNegative);
     c.add_option("--lr", t.schedule.peak, "Highest learning rate")->capture_default_str();
     c.add_option("--min-lr", t.schedule.floor, "Last learning rate; default a tenth of --lr")
-        ->check(CLI::NonNegativeNumber);
-    c.add_option("--beta1", t.optimizer.beta1, "AdamW")
-        ->check(CLI::Range(0.0, 0.9999999))
-        ->capture_default_str();
+        ->check(kNotNegative);
+    c.add_option("--beta1", t.optimizer.beta1, "AdamW")->check(kBelowOne)->capture_default_str();
     c.add_option("--device", o.device, "Where the model is")
         ->check(CLI::IsMember({"cpu", "cuda"}))
         ->capture_default_str();
@@ -271,10 +262,10 @@ void add_run_options(CLI::App& c, Options& o) {
     c.add_option("--threads", o.threads, "Threads; 0: all cores")->check(CLI::Range(0, 1024));
     add_loop_options(c, t);
     c.add_option("--valid-every", t.valid_every, "Steps; 0: only at the end")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
     c.add_option("--valid-tokens", o.valid_tokens, "At most so many; 0: all")
-        ->check(CLI::NonNegativeNumber)
+        ->check(kNotNegative)
         ->capture_default_str();
 }
 
@@ -284,8 +275,12 @@ void add_train(CLI::App& app) {
     auto o = std::make_shared<Options>();
     o->train.schedule = {.peak = 1e-3, .floor = -1, .warmup = 100};
     CLI::App* c = app.add_subcommand("train", "Train a language model on text");
+    c->footer(
+        "Needed: --out, --data, one of --arch, --config and --init-from, and an end: --steps, --tokens or "
+        "--minutes.");
     c->add_option("--out", o->out, "Folder of the run: checkpoints, metrics.jsonl, and the newest model");
-    c->add_flag("--resume", o->resume, "Continue the run in --out, with its options where none are given");
+    c->add_flag("--resume", o->resume,
+                "Continue the run in --out, if there is one, with its options where none are given");
     c->add_option("--recipe", o->recipe, "JSON file {option: value}; the command line wins");
     add_model_options(*c, *o);
     add_data_options(*c, *o);

@@ -117,7 +117,7 @@ Checkpoint Checkpoint::open(const fs::path& folder) {
             const auto at = shard_of.find(t.name);
             if (at == shard_of.end() || &result.files_[number.at(at->second)] != &file) {
                 fail_index(fmt::format("shard '{}' holds tensor '{}', which the index does not place there",
-                                       file.name(), printable(t.name)));
+                                       fs::path(file.name()).filename().string(), printable(t.name)));
             }
         }
     }

@@ -127,8 +127,8 @@ TEST(Checkpoint, ErrorsOfTheFolder) {
     folder.file("model.safetensors", "");
     EXPECT_EQ(open_error(folder), "[file] " + folder.path().string() + "/model.safetensors: is empty");
     folder.file("model.safetensors", "short");
-    EXPECT_EQ(open_error(folder),
-              "[safetensors] model.safetensors: truncated: 5 bytes, not even a header length");
+    EXPECT_EQ(open_error(folder), "[safetensors] " + folder.path().string() +
+                                      "/model.safetensors: truncated: 5 bytes, not even a header length");
     EXPECT_EQ(error_of([&] { write_checkpoint(folder / "model.safetensors", {}); }).substr(0, 12),
               "[checkpoint]");
 }
@@ -183,7 +183,8 @@ TEST(Checkpoint, ErrorsBetweenIndexAndShards) {
                                       ": shard 'model-00002-of-00002.safetensors' is missing");
     folder.file("model-00002-of-00002.safetensors", "xx");
     EXPECT_EQ(open_error(folder),
-              "[safetensors] model-00002-of-00002.safetensors: truncated: 2 bytes, not even a header length");
+              "[safetensors] " + folder.path().string() +
+                  "/model-00002-of-00002.safetensors: truncated: 2 bytes, not even a header length");
 }
 
 TEST(Checkpoint, ReadsRealFolders) {

@@ -236,7 +236,7 @@ void check_layout(std::vector<TensorInfo>& tensors, size_t data_bytes, std::stri
 SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
     auto file = MappedFile::open(path);
     const auto bytes = file->bytes();
-    return parse(bytes, printable(path.filename().string()), std::move(file));
+    return parse(bytes, printable(path.string(), 400), std::move(file));
 }
 
 SafetensorsFile SafetensorsFile::parse(std::span<const std::byte> bytes, std::string name,

@@ -1,16 +1,16 @@
 // safetensors: named tensors in one file.
 //
 //   8 bytes     n, length of the header, little-endian
-//   n bytes     JSON {"__metadata__": {k: v}, "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [b,
-//   e]}} the rest    the tensors' bytes, row-major, little-endian; offsets count from here
+//   n bytes     JSON {"__metadata__": {k: v}, "name": {"dtype": "F32", "shape": [2, 3],
+//               "data_offsets": [begin, end]}}
+//   the rest    the tensors' bytes, row-major, little-endian; offsets count from here
 //
 // Source     https://github.com/huggingface/safetensors; as strict as its Rust library, plus: duplicate
-// names,
-//            unknown fields and more than 32 dimensions are errors.
+//            names, unknown fields and more than 32 dimensions are errors.
 // Reading    zero-copy: a Tensor points into the mapped file and keeps it alive; its content is READ-ONLY
 //            (clone() it to change it). Data that is not aligned to its element is copied instead.
 //            Everything is validated before anything of the size of the data is allocated.
-// Errors     (bad_file) "[safetensors] model.safetensors: tensor 'a' ...", one line.
+// Errors     (bad_file) "[safetensors] DIR/model.safetensors: tensor 'a' ...", one line.
 #pragma once
 
 #include <cstddef>

@@ -4,12 +4,12 @@
 //   2. until the vocabulary is full: the most frequent adjacent pair becomes a symbol, everywhere
 //
 // Source     Sennrich et al. 2016, alg. 1; ids, order of ties (smaller ids first) and file as in
-// `tokenizers`. Ids        special tokens, the 256 bytes in order of their characters, then symbols in order
-// of creation. Result     depends on the documents and the options only, not on threads or on the order of
-// documents. Cost       counting is linear in the text; a merge touches the places of its pair only (lists of
-// positions,
-//            a heap of counts): all merges together about 25 bytes and a few look-ups per symbol of a
-//            distinct piece and merge that touches it.
+//            `tokenizers`.
+// Ids        special tokens, the 256 bytes in order of their characters, then symbols in order of creation.
+// Result     depends on the documents and the options only, not on threads or on the order of documents.
+// Cost       counting is linear in the text; a merge touches the places of its pair only (lists of
+//            positions, a heap of counts): all merges together about 25 bytes and a few look-ups per symbol
+//            of a distinct piece and merge that touches it.
 #pragma once
 
 #include <cstdint>

@@ -12,6 +12,7 @@
 #include "ssm/core/error.h"
 #include "ssm/io/tokenizer/tokenizer.h"
 #include "tests/support/shared.h"
+#include "tests/support/temp_folder.h"
 
 namespace ssm {
 namespace {
@@ -36,15 +37,6 @@ std::vector<std::string> corpus() {
 
 std::string train(const std::vector<std::string>& documents, const BpeTrainerOptions& options) {
     return train_bpe(std::vector<std::string_view>(documents.begin(), documents.end()), options);
-}
-
-std::string message_of(const std::function<void()>& f) {
-    try {
-        f();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "no error";
 }
 
 // Merges of words of single-byte symbols by recounting every pair before each merge.
@@ -148,7 +140,7 @@ TEST(BpeTrainerErrors, Options) {
     const auto message = [](const std::function<void(BpeTrainerOptions&)>& edit) {
         BpeTrainerOptions options;
         edit(options);
-        return message_of([&] { BpeTrainer trainer(options); });
+        return test::error_of([&] { BpeTrainer trainer(options); });
     };
     EXPECT_EQ(message([](auto& o) {
                   o.vocab_size = 256;
@@ -160,7 +152,7 @@ TEST(BpeTrainerErrors, Options) {
     EXPECT_EQ(message([](auto& o) { o.special_tokens = {""}; }), "[tokenizer] a special token is empty");
     EXPECT_EQ(message([](auto& o) { o.pattern.push_back('('); }),
               "[tokenizer] pattern '(' does not compile: missing closing parenthesis");
-    EXPECT_EQ(message_of([] {
+    EXPECT_EQ(test::error_of([] {
                   train({"fine", "bad \xFF"}, {});
               }),
               "[tokenizer] document 1 is not valid UTF-8 at byte 4");

@@ -11,6 +11,7 @@
 
 #include "ssm/core/error.h"
 #include "tests/support/shared.h"
+#include "tests/support/temp_folder.h"
 
 namespace ssm {
 namespace {
@@ -25,15 +26,6 @@ std::filesystem::path testdata(const std::string& name) {
 json read_json(const std::filesystem::path& path) {
     std::ifstream in(path);
     return json::parse(in);
-}
-
-std::string message_of(const std::function<void()>& f) {
-    try {
-        f();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "no error";
 }
 
 // A byte-level tokenizer.json without merges, "a" = 'a' and so on for bytes 'a'..'h', ab = 8; edited by a
@@ -219,7 +211,7 @@ TEST(Tokenizer, UnknownCharacters) {
     document["model"]["fuse_unk"] = true;
     EXPECT_EQ(Tokenizer::parse(document.dump()).encode("axyb"), (Ids{0, 7, 1}));
     document["model"]["unk_token"] = "?";
-    EXPECT_EQ(message_of([&] { Tokenizer::parse(document.dump()).encode("x"); }),
+    EXPECT_EQ(test::error_of([&] { Tokenizer::parse(document.dump()).encode("x"); }),
               "[tokenizer] unk_token '?' is not in model.vocab");
 }
 
@@ -279,14 +271,14 @@ TEST(TokenizerErrors, Text) {
     const std::vector<std::pair<std::string, int>> texts = {
         {"ab\xFF", 2}, {"\xC3", 0}, {"caf\xC3\xA9 \xE2\x82", 6}, {"\xED\xA0\x80", 0}, {"abc\xC0\xAF", 3}};
     for (const auto& bad : texts)
-        EXPECT_EQ(message_of([&] { tokenizer.encode(bad.first); }),
+        EXPECT_EQ(test::error_of([&] { tokenizer.encode(bad.first); }),
                   fmt::format("[tokenizer] text is not valid UTF-8 at byte {}", bad.second));
     const int32_t size = tokenizer.size();
-    EXPECT_EQ(message_of([&] {
+    EXPECT_EQ(test::error_of([&] {
                   tokenizer.decode(Ids{0, size});
               }),
               fmt::format("[tokenizer] id {} at place 1 is not in [0, {})", size, size));
-    EXPECT_EQ(message_of([&] { tokenizer.decode(Ids{-1}); }),
+    EXPECT_EQ(test::error_of([&] { tokenizer.decode(Ids{-1}); }),
               fmt::format("[tokenizer] id -1 at place 0 is not in [0, {})", size));
 }
 
@@ -302,7 +294,7 @@ TEST_P(TokenizerBadFile, IsRefusedWithOneLine) {
     json document = small_json();
     EXPECT_NO_THROW(Tokenizer::parse(document.dump()));
     GetParam().edit(document);
-    EXPECT_EQ(message_of([&] { Tokenizer::parse(document.dump()); }), GetParam().message);
+    EXPECT_EQ(test::error_of([&] { Tokenizer::parse(document.dump()); }), GetParam().message);
 }
 
 json split_of(const char* pattern) {
@@ -395,20 +387,21 @@ INSTANTIATE_TEST_SUITE_P(Files, TokenizerBadFile, testing::ValuesIn(kBadFiles),
                          [](const auto& instance) { return std::string(instance.param.name); });
 
 TEST(TokenizerErrors, Json) {
-    EXPECT_EQ(message_of([] { Tokenizer::parse("[]"); }), "[tokenizer] the top level is not an object");
-    EXPECT_EQ(message_of([] { Tokenizer::parse(std::string(1000, '[')); }),
+    EXPECT_EQ(test::error_of([] { Tokenizer::parse("[]"); }), "[tokenizer] the top level is not an object");
+    EXPECT_EQ(test::error_of([] { Tokenizer::parse(std::string(1000, '[')); }),
               "[tokenizer] nested deeper than 64");
     for (const char* text :
          {"", "{", "{\"model\": {\"vocab\": {\"a\": 1e999}}}", "{\"a\": \"\\ud800\"}", "\xFF"}) {
-        const std::string message = message_of([&] { Tokenizer::parse(text); });
+        const std::string message = test::error_of([&] { Tokenizer::parse(text); });
         EXPECT_TRUE(message.starts_with("[tokenizer] not JSON at byte ")) << message;
         EXPECT_EQ(message.find('\n'), std::string::npos);
     }
-    EXPECT_EQ(message_of([] { Tokenizer::parse(R"({"model": {"vocab": {"a": 0, "a": 1}, "merges": []}})"); }),
-              "[tokenizer] token 'a' appears twice in model.vocab");
-    EXPECT_EQ(message_of([] { Tokenizer::parse(R"({"model": {"vocab": {}, "vocab": {}}})"); }),
+    EXPECT_EQ(
+        test::error_of([] { Tokenizer::parse(R"({"model": {"vocab": {"a": 0, "a": 1}, "merges": []}})"); }),
+        "[tokenizer] token 'a' appears twice in model.vocab");
+    EXPECT_EQ(test::error_of([] { Tokenizer::parse(R"({"model": {"vocab": {}, "vocab": {}}})"); }),
               "[tokenizer] model.vocab appears twice");
-    EXPECT_EQ(message_of([] { Tokenizer::load("/nonexistent/tokenizer.json"); }),
+    EXPECT_EQ(test::error_of([] { Tokenizer::load("/nonexistent/tokenizer.json"); }),
               "[file] /nonexistent/tokenizer.json: does not exist");
 }
 
@@ -417,7 +410,7 @@ TEST(TokenizerErrors, PatternThatBlowsUp) {
     json document = small_json();
     document["pre_tokenizer"] = split_of("(?:a+)+[bh]");
     const auto tokenizer = Tokenizer::parse(document.dump());
-    EXPECT_EQ(message_of([&] { tokenizer.encode(std::string(64, 'a')); }),
+    EXPECT_EQ(test::error_of([&] { tokenizer.encode(std::string(64, 'a')); }),
               "[tokenizer] pattern '(?:a+)+[bh]' gives up at byte 0 of a piece: match limit exceeded");
     EXPECT_EQ(tokenizer.encode("aab"), (Ids{0, 8})) << "and the tokenizer still works";
 }

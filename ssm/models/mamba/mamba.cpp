@@ -62,25 +62,14 @@ std::string hugging_face_text(const Config& c) {
 
 std::string mamba_ssm_text(const Config& c) {
     const MambaConfig& m = c.mixer;
-    return to_text({{"d_model", m.e},
-                    {"d_intermediate", 0},
-                    {"n_layer", m.layers},
-                    {"vocab_size", c.vocab},
-                    {"ssm_cfg",
-                     {{"layer", "Mamba1"},
-                      {"d_state", m.n},
-                      {"d_conv", m.k},
-                      {"expand", shortest(static_cast<float>(m.d) / static_cast<float>(m.e))},
-                      {"dt_rank", m.r},
-                      {"bias", m.projection_bias},
-                      {"conv_bias", m.conv_bias}}},
-                    {"attn_layer_idx", nlohmann::ordered_json::array()},
-                    {"attn_cfg", nlohmann::ordered_json::object()},
-                    {"rms_norm", true},
-                    {"residual_in_fp32", true},
-                    {"fused_add_norm", true},
-                    {"pad_vocab_size_multiple", 1},
-                    {"tie_embeddings", c.tie_embeddings}});
+    return mamba_ssm_layout::text(m.e, m.layers, c.vocab, c.tie_embeddings,
+                                  {{"layer", "Mamba1"},
+                                   {"d_state", m.n},
+                                   {"d_conv", m.k},
+                                   {"expand", shortest(static_cast<float>(m.d) / static_cast<float>(m.e))},
+                                   {"dt_rank", m.r},
+                                   {"bias", m.projection_bias},
+                                   {"conv_bias", m.conv_bias}});
 }
 
 }  // namespace
@@ -119,20 +108,7 @@ Config read_hugging_face(const ConfigReader& config) {
 }
 
 ModelSpec make_spec(const Config& c, std::string_view architecture) {
-    ModelSpec spec;
-    spec.architecture = architecture;
-    spec.layout = c.layout;
-    spec.vocab = c.vocab;
-    spec.e = c.mixer.e;
-    spec.norm_eps = c.norm_eps;
-    spec.tie_embeddings = c.tie_embeddings;
-    spec.eos = c.eos;
-    spec.embedding_name = c.layout == Layout::mamba_ssm ? mamba_ssm_layout::kEmbedding
-                                                        : mamba_ssm_layout::kHuggingFaceEmbedding;
-    name_backbone(spec);
-    for (int64_t i = 0; i < c.mixer.layers; ++i)
-        add_backbone_layer(spec, std::make_unique<MambaMixer>(c.mixer));
-    return spec;
+    return mamba_ssm_layout::spec<MambaMixer>(c, architecture);
 }
 
 bool matches(const ConfigReader& config) {

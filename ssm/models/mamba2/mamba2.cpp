@@ -152,18 +152,7 @@ std::string mamba_ssm_text(const Config& c) {
     if (m.D_has_hdim) ssm_cfg["D_has_hdim"] = true;
     if (m.norm_before_gate) ssm_cfg["norm_before_gate"] = true;
     if (m.dt_limit_min > 0 || !std::isinf(m.dt_limit_max)) ssm_cfg["dt_limit"] = limit_json(m);
-    return to_text({{"d_model", m.e},
-                    {"d_intermediate", 0},
-                    {"n_layer", m.layers},
-                    {"vocab_size", c.vocab},
-                    {"ssm_cfg", ssm_cfg},
-                    {"attn_layer_idx", nlohmann::ordered_json::array()},
-                    {"attn_cfg", nlohmann::ordered_json::object()},
-                    {"rms_norm", true},
-                    {"residual_in_fp32", true},
-                    {"fused_add_norm", true},
-                    {"pad_vocab_size_multiple", 1},
-                    {"tie_embeddings", c.tie_embeddings}});
+    return mamba_ssm_layout::text(m.e, m.layers, c.vocab, c.tie_embeddings, ssm_cfg);
 }
 
 }  // namespace
@@ -175,21 +164,7 @@ bool matches(const ConfigReader& config) {
 }
 
 ModelSpec read(const ConfigReader& config) {
-    const Config c = read_config(config);
-    ModelSpec spec;
-    spec.architecture = "mamba2";
-    spec.layout = c.layout;
-    spec.vocab = c.vocab;
-    spec.e = c.mixer.e;
-    spec.norm_eps = c.norm_eps;
-    spec.tie_embeddings = c.tie_embeddings;
-    spec.eos = c.eos;
-    spec.embedding_name = c.layout == Layout::mamba_ssm ? mamba_ssm_layout::kEmbedding
-                                                        : mamba_ssm_layout::kHuggingFaceEmbedding;
-    name_backbone(spec);
-    for (int64_t i = 0; i < c.mixer.layers; ++i)
-        add_backbone_layer(spec, std::make_unique<Mamba2Mixer>(c.mixer));
-    return spec;
+    return mamba_ssm_layout::spec<Mamba2Mixer>(read_config(config), "mamba2");
 }
 
 std::string new_config(const NewModel& shape) {

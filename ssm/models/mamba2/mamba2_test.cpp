@@ -13,16 +13,7 @@ constexpr const char* kOriginal = "backbone.embedding.weight";  // mamba_ssm's l
 
 const NamedShape kShapes[] = {
     {"Plain", {.kind = kMamba2}},
-    {"GroupsUntiedBias",
-     {.kind = kMamba2,
-      .e = 16,
-      .d = 32,
-      .n = 8,
-      .k = 3,
-      .tied = false,
-      .projection_bias = true,
-      .h = 4,
-      .g = 2}},
+    {"GroupsUntiedBias", mamba2_with_groups()},
     {"AGroupAHeadState1",
      {.kind = kMamba2, .e = 5, .d = 15, .n = 1, .k = 2, .conv_bias = false, .h = 3, .p = 5, .g = 3}},
     {"Expand1State20Width5",

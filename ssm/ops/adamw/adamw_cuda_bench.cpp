@@ -1,7 +1,7 @@
 // AdamW and the norm on a GPU over parameters as Mamba-130M has them (129 M in 242 tensors, most of them in
 // in_proj, out_proj and the embedding), and over one tensor.
 #include "ssm/ops/adamw/adamw.h"
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {

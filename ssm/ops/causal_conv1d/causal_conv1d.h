@@ -6,9 +6,9 @@
 // zero.
 //
 // Source     Gu & Dao 2023 (Mamba), section 3.4; PyTorch Conv1d(groups = d) is this cross-correlation.
-// Shapes     x, y: [t d] of T (f32 or bf16), rows may be strided   weight: [d k] f32   bias: [d] f32 or
-// absent
-//            cu_seqlens: [s+1]   initial_state, final_state: [s k-1 d] of T.   `y` must not alias `x`.
+// Shapes     x, y: [t d] of T (f32 or bf16), rows may be strided   weight: [d k] f32
+//            bias: [d] f32 or absent   cu_seqlens: [s+1]   initial_state, final_state: [s k-1 d] of T.
+//            `y` must not alias `x`.
 // Numerics   sums in f32; rel. L2 error vs f64 <= 1e-6 (f32), 5e-3 (bf16).
 // Cost       2k + 12 FLOP, 2 sizeof(T) bytes per element: bandwidth bound.
 #pragma once

@@ -12,12 +12,14 @@
 
 #include "ssm/ops/causal_conv1d/causal_conv1d_reference.h"
 #include "tests/support/compare.h"
+#include "tests/support/expect_error.h"
 #include "tests/support/gradcheck.h"
 
 namespace ssm {
 namespace {
 
 using test::expect_close;
+using test::expect_error;
 using test::Random;
 
 template <class T>
@@ -247,16 +249,6 @@ TEST(CausalConv1dGradient, GradientOfXIsSetWhereAsked) {
     }
 }
 
-template <class F>
-void expect_error(const std::string& message, F&& f) {
-    try {
-        f();
-        FAIL() << "no error, expected: " << message;
-    } catch (const Error& e) {
-        EXPECT_EQ(e.what(), message);
-    }
-}
-
 TEST(CausalConv1dErrors, NameTheArgument) {
     const Exec ex = make_cpu_exec(1);
     const Problem<float> p(4, 3, {3});
@@ -289,9 +281,11 @@ TEST(CausalConv1dErrors, NameTheArgument) {
     });
     const Problem<bf16> rounded(4, 3, {3});
     const std::vector<bf16> grad_y(12);
-    expect_error("[causal_conv1d] gradients of bf16 activations need a GPU", [&] {
+    const auto backward = [&] {
         causal_conv1d_backward<bf16>(ex, rounded.inputs(), {grad_y.data(), {3, 4}}, {}, {});
-    });
+    };
+    expect_error("[causal_conv1d] gradients of bf16 activations need a GPU", backward,
+                 ErrorCode::unsupported);
 }
 
 }  // namespace

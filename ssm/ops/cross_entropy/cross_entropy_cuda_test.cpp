@@ -6,6 +6,7 @@
 
 #include "ssm/ops/cross_entropy/cross_entropy.h"
 #include "ssm/ops/cross_entropy/cross_entropy_impl.h"
+#include "ssm/ops/cross_entropy/cross_entropy_reference.h"
 #include "tests/support/compare.h"
 #include "tests/support/cuda.h"
 #include "tests/support/gradcheck.h"
@@ -44,18 +45,10 @@ Result reference(const Case& c, float start_at = kGradientStart) {
             r.nll.push_back(target < 0 ? 0.0 : static_cast<double>(NAN));
             continue;
         }
-        std::vector<double> logits(size(c.v), 0.0);
-        for (int64_t j = 0; j < c.v; ++j)
-            for (int64_t k = 0; k < c.e; ++k)
-                logits[size(j)] += static_cast<double>(c.hidden[size(i * c.e + k)]) *
-                                   static_cast<double>(c.weight[size(j * c.e + k)]);
-        const double most = *std::max_element(logits.begin(), logits.end());
-        double sum = 0;
-        for (const double x : logits) sum += std::exp(x - most);
-        r.nll.push_back(most + std::log(sum) - logits[size(target)]);
-        const auto g = static_cast<double>(c.grad_nll[size(i)]);
+        const TokenLoss token(&c.hidden[size(i * c.e)], c.weight.data(), c.v, c.e);
+        r.nll.push_back(token.nll(target));
         for (int64_t j = 0; j < c.v; ++j) {
-            const double d = g * (std::exp(logits[size(j)] - most) / sum - (j == target ? 1.0 : 0.0));
+            const double d = static_cast<double>(c.grad_nll[size(i)]) * token.gradient(j, target);
             for (int64_t k = 0; k < c.e; ++k) {
                 r.grad_hidden[size(i * c.e + k)] += d * static_cast<double>(c.weight[size(j * c.e + k)]);
                 r.grad_weight[size(j * c.e + k)] += d * static_cast<double>(c.hidden[size(i * c.e + k)]);
@@ -139,11 +132,7 @@ void check_forward(const Case& c, DType type, int64_t tile_bytes) {
     SCOPED_TRACE(testing::Message() << "t " << c.t << " e " << c.e << " v " << c.v << " " << name_of(type)
                                     << " tile " << tile_bytes);
     const Exec& ex = cuda_exec();
-    Case seen = c;
-    if (type == DType::bf16) {
-        for (float& x : seen.hidden) x = static_cast<float>(bf16(x));
-        for (float& x : seen.weight) x = static_cast<float>(bf16(x));
-    }
+    const Case seen = type == DType::bf16 ? rounded(c) : c;
     const Tensor hidden = type == DType::bf16 ? on_device(to_bf16(c.hidden), {c.t, c.e})
                                               : on_device(c.hidden, {c.t, c.e}),
                  weight = type == DType::bf16 ? on_device(to_bf16(c.weight), {c.v, c.e})

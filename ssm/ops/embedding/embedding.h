@@ -1,8 +1,8 @@
 // Embedding lookup: y[t,:] = weight[ids[t],:].
 //
-// Shapes     ids: [t] in [0, v) (checked: throws; on a GPU an id outside gives NaN, and no gradient) weight:
-// [v e] f32 or bf16   y: [t e] f32 or bf16. Cost       bandwidth bound: e (sizeof(W) + sizeof(Y)) bytes per
-// token.
+// Shapes     ids: [t] in [0, v) (checked: throws; on a GPU an id outside gives NaN, and no gradient)
+//            weight: [v e] f32 or bf16   y: [t e] f32 or bf16.
+// Cost       bandwidth bound: e (sizeof(W) + sizeof(Y)) bytes per token.
 #pragma once
 
 #include "ssm/core/exec.h"

@@ -7,9 +7,8 @@
 //            (f32, bf16, bf16), (bf16, f32, f32), (bf16, f32, bf16). Mixed products run in bf16 when the
 //            weight is bf16.
 // Numerics   f32 accumulation; rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
-// Cost       2 t i o FLOP. t large: oneDNN, compute bound. t small (decoding): the weight is read once, bound
-// by
-//            memory: floor = o i sizeof(weight) / bandwidth.
+// Cost       2 t i o FLOP. t large: oneDNN, compute bound. t small (decoding): the weight is read once,
+//            bound by memory: floor = o i sizeof(weight) / bandwidth.
 // GPU        cuBLASLt, t <= 8 a kernel of our own; a PackedWeight is the plain weight. f32 is f32 (no tf32).
 //            The first product of a shape chooses its algorithm: call once before capturing a CUDA graph.
 //            With ex.matmul == bf16 both x and weight are rounded, whatever their types (t > 8).

@@ -2,7 +2,7 @@
 // and more, so that they come from memory; prefill and training shapes.
 #include "ssm/ops/linear/linear.h"
 
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {

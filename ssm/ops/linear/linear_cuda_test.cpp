@@ -6,6 +6,7 @@
 
 #include "ssm/core/cuda/context.h"
 #include "ssm/ops/linear/linear.h"
+#include "ssm/ops/linear/linear_reference.h"
 #include "tests/support/compare.h"
 #include "tests/support/cuda.h"
 #include "tests/support/gradcheck.h"
@@ -63,45 +64,12 @@ struct There {
     View<float, 2> view() const { return tensor.view<float, 2>(); }
 };
 
-double rounded(double x, bool round) {
-    return round ? static_cast<double>(static_cast<float>(bf16(static_cast<float>(x)))) : x;
-}
+class LinearCudaTypes : public testing::TestWithParam<LinearTypes> {};
+INSTANTIATE_TEST_SUITE_P(All, LinearCudaTypes, testing::ValuesIn(kLinearTypes),
+                         [](const auto& types) { return name_of(types.param); });
 
-// sum_k a(i, k) b(k, j), the factors rounded to bf16 if asked, plus start.
-template <class A, class B>
-std::vector<double> reference(int64_t m, int64_t n, int64_t k, bool round, double start, A a, B b) {
-    std::vector<double> c(static_cast<size_t>(m * n), start);
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j)
-            for (int64_t l = 0; l < k; ++l)
-                c[static_cast<size_t>(i * n + j)] += rounded(static_cast<double>(a(i, l)), round) *
-                                                     rounded(static_cast<double>(b(l, j)), round);
-    return c;
-}
-auto at(const std::vector<float>& v, int64_t columns) {
-    return [&v, columns](int64_t i, int64_t j) { return v[static_cast<size_t>(i * columns + j)]; };
-}
-auto transposed_at(const std::vector<float>& v, int64_t columns) {
-    return [&v, columns](int64_t i, int64_t j) { return v[static_cast<size_t>(j * columns + i)]; };
-}
-
-struct Types {
-    DType x, weight, y;
-};
-constexpr Types kTypes[] = {
-    {DType::f32, DType::f32, DType::f32},    {DType::bf16, DType::bf16, DType::f32},
-    {DType::bf16, DType::bf16, DType::bf16}, {DType::f32, DType::bf16, DType::f32},
-    {DType::f32, DType::bf16, DType::bf16},  {DType::bf16, DType::f32, DType::f32},
-    {DType::bf16, DType::f32, DType::bf16},
-};
-
-class LinearCudaTypes : public testing::TestWithParam<Types> {};
-INSTANTIATE_TEST_SUITE_P(All, LinearCudaTypes, testing::ValuesIn(kTypes), [](const auto& type) {
-    return fmt::format("{}_{}_{}", name_of(type.param.x), name_of(type.param.weight), name_of(type.param.y));
-});
-
-void check(const Types& types, int64_t t, int64_t i, int64_t o, int64_t left, int64_t right, bool with_bias,
-           MatmulPrecision precision) {
+void check(const LinearTypes& types, int64_t t, int64_t i, int64_t o, int64_t left, int64_t right,
+           bool with_bias, MatmulPrecision precision) {
     SCOPED_TRACE(testing::Message() << "t " << t << " i " << i << " o " << o << " left " << left << " right "
                                     << right << " bias " << with_bias << " bf16 "
                                     << (precision == MatmulPrecision::bf16));
@@ -118,9 +86,8 @@ void check(const Types& types, int64_t t, int64_t i, int64_t o, int64_t left, in
     for (const bool packed : {false, true}) {
         const bool round =
             types.weight == DType::bf16 || (many && !packed && precision == MatmulPrecision::bf16);
-        auto want = reference(t, o, i, round, 0.0, at(x.values, i), transposed_at(w.values, i));
-        for (size_t e = 0; with_bias && e < want.size(); ++e)
-            want[e] += static_cast<double>(bias[e % static_cast<size_t>(o)]);
+        const auto want =
+            reference_linear(x.values, w.values, with_bias ? bias : std::vector<float>(), t, i, o, round);
         const There y(t, o, types.y, nan_vector(t * o), right, left);
         if (packed)
             linear(ex, x.tensor, PackedWeight(w.tensor), b, y.tensor);
@@ -180,15 +147,15 @@ void check_backward(int64_t t, int64_t i, int64_t o, int64_t left, int64_t right
                     set);
     const double start = static_cast<double>(kGradientStart);
     expect_close(grad_x.now(),
-                 reference(t, i, o, round, set.x ? 0.0 : start, at(g.values, o), at(w.values, i)),
+                 reference_product(t, i, o, {g.values, o}, {w.values, i}, round, set.x ? 0.0 : start),
                  types.x == DType::bf16 ? 5e-3 : 3e-6, "grad_x");
     expect_close(
         grad_w.now(),
-        reference(o, i, t, round, set.weight ? 0.0 : start, transposed_at(g.values, o), at(x.values, i)),
-        3e-6, "grad_weight");
+        reference_product(o, i, t, {g.values, o, true}, {x.values, i}, round, set.weight ? 0.0 : start), 3e-6,
+        "grad_weight");
     const std::vector<float> ones(static_cast<size_t>(t), 1.0f);
-    expect_close(from_device<float>(grad_b), reference(1, o, t, false, start, at(ones, t), at(g.values, o)),
-                 3e-6, "grad_bias");
+    expect_close(from_device<float>(grad_b),
+                 reference_product(1, o, t, {ones, t}, {g.values, o}, false, start), 3e-6, "grad_bias");
 }
 
 TEST(LinearCuda, GradientsMatchReference) {
@@ -236,8 +203,8 @@ TEST(LinearCuda, AbsentGradientsAreNotTouched) {
     linear_backward(ex, g.tensor, x.tensor, w.tensor, {}, {}, {});
     linear_backward(ex, g.tensor, x.tensor, w.tensor, {}, grad.view(), {});
     expect_close(grad.now(),
-                 reference(3, 2, 4, false, static_cast<double>(kGradientStart), transposed_at(g.values, 3),
-                           at(x.values, 2)),
+                 reference_product(3, 2, 4, {g.values, 3, true}, {x.values, 2}, false,
+                                   static_cast<double>(kGradientStart)),
                  1e-6, "grad_weight");
 }
 
@@ -264,14 +231,8 @@ TEST(LinearCuda, MatmulMatchesReference) {
                               : std::vector<float>(static_cast<size_t>(m * n), kGradientStart),
                           gap, gap);
             matmul(ex, a.view(), b.view(), c.view(), options);
-            auto want = reference(
-                m, n, k, false, 0.0,
-                [&](int64_t i, int64_t j) {
-                    return options.transpose_a ? transposed_at(a.values, m)(i, j) : at(a.values, k)(i, j);
-                },
-                [&](int64_t i, int64_t j) {
-                    return options.transpose_b ? transposed_at(b.values, k)(i, j) : at(b.values, n)(i, j);
-                });
+            auto want = reference_product(m, n, k, {a.values, a.columns, options.transpose_a},
+                                          {b.values, b.columns, options.transpose_b});
             for (double& x : want) x = 0.75 * x + static_cast<double>(options.beta * kGradientStart);
             expect_close(c.now(), want, 2e-6, "c");
         }

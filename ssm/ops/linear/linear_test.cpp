@@ -6,8 +6,10 @@
 
 #include "ssm/core/parallel.h"
 #include "ssm/ops/linear/linear_impl.h"
+#include "ssm/ops/linear/linear_reference.h"
 #include "ssm/ops/linear/linear_test.h"
 #include "tests/support/compare.h"
+#include "tests/support/expect_error.h"
 #include "tests/support/gradcheck.h"
 
 namespace ssm {
@@ -16,41 +18,11 @@ namespace {
 using namespace test;
 using linear_detail::Product;
 
-double rounded(double x) { return static_cast<double>(static_cast<float>(bf16(static_cast<float>(x)))); }
+class LinearOfTypes : public testing::TestWithParam<LinearTypes> {};
+INSTANTIATE_TEST_SUITE_P(All, LinearOfTypes, testing::ValuesIn(kLinearTypes),
+                         [](const auto& types) { return name_of(types.param); });
 
-std::vector<double> reference_linear(const std::vector<float>& x, const std::vector<float>& w,
-                                     const std::vector<float>& bias, int64_t t, int64_t i, int64_t o,
-                                     bool round_x) {
-    std::vector<double> y(static_cast<size_t>(t * o));
-    for (int64_t a = 0; a < t; ++a) {
-        for (int64_t b = 0; b < o; ++b) {
-            double sum = bias.empty() ? 0.0 : static_cast<double>(bias[static_cast<size_t>(b)]);
-            for (int64_t c = 0; c < i; ++c) {
-                const auto xv = static_cast<double>(x[static_cast<size_t>(a * i + c)]);
-                sum += (round_x ? rounded(xv) : xv) * static_cast<double>(w[static_cast<size_t>(b * i + c)]);
-            }
-            y[static_cast<size_t>(a * o + b)] = sum;
-        }
-    }
-    return y;
-}
-
-struct Types {
-    DType x, weight, y;
-};
-constexpr Types kTypes[] = {
-    {DType::f32, DType::f32, DType::f32},    {DType::bf16, DType::bf16, DType::f32},
-    {DType::bf16, DType::bf16, DType::bf16}, {DType::f32, DType::bf16, DType::f32},
-    {DType::f32, DType::bf16, DType::bf16},  {DType::bf16, DType::f32, DType::f32},
-    {DType::bf16, DType::f32, DType::bf16},
-};
-
-class LinearTypes : public testing::TestWithParam<Types> {};
-INSTANTIATE_TEST_SUITE_P(All, LinearTypes, testing::ValuesIn(kTypes), [](const auto& type) {
-    return fmt::format("{}_{}_{}", name_of(type.param.x), name_of(type.param.weight), name_of(type.param.y));
-});
-
-TEST_P(LinearTypes, MatchesReference) {
+TEST_P(LinearOfTypes, MatchesReference) {
     const auto [x_type, w_type, y_type] = GetParam();
     Random random(1);
     const Exec ex = make_cpu_exec(2);
@@ -82,7 +54,7 @@ TEST_P(LinearTypes, MatchesReference) {
     }
 }
 
-TEST_P(LinearTypes, StepsFoldToSequence) {
+TEST_P(LinearOfTypes, StepsFoldToSequence) {
     const auto [x_type, w_type, y_type] = GetParam();
     Random random(2);
     const Exec ex = make_cpu_exec(2);
@@ -101,7 +73,7 @@ TEST_P(LinearTypes, StepsFoldToSequence) {
     }
 }
 
-TEST_P(LinearTypes, ThreadsDoNotChangeTheRows) {
+TEST_P(LinearOfTypes, ThreadsDoNotChangeTheRows) {
     const auto [x_type, w_type, y_type] = GetParam();
     Random random(3);
     const TestMatrix w = random_matrix(random, 203, 300, w_type, 0);
@@ -180,9 +152,7 @@ TEST(Linear, ReducedPrecisionRoundsTheInputs) {
                      w = random_matrix(random, 30, 70, DType::f32, 0);
     const TestMatrix y(50, 30, DType::f32, 0);
     linear(ex, x.tensor, w.tensor, {}, y.tensor);
-    std::vector<float> rounded_w = w.values();
-    for (float& v : rounded_w) v = static_cast<float>(bf16(v));
-    expect_close(y.values(), reference_linear(x.values(), rounded_w, {}, 50, 70, 30, true), 1e-6, "y");
+    expect_close(y.values(), reference_linear(x.values(), w.values(), {}, 50, 70, 30, true), 1e-6, "y");
 }
 
 // --- backward -----------------------------------------------------------------------------------------
@@ -293,19 +263,12 @@ std::vector<double> reference_matmul(const TestMatrix& a, const TestMatrix& b, c
     const auto av = a.values(), bv = b.values();
     const int64_t m = options.transpose_a ? a.columns : a.rows, k = options.transpose_a ? a.rows : a.columns;
     const int64_t n = options.transpose_b ? b.rows : b.columns;
-    std::vector<double> out;
-    for (int64_t r = 0; r < m; ++r)
-        for (int64_t s = 0; s < n; ++s) {
-            double sum = 0;
-            for (int64_t q = 0; q < k; ++q) {
-                const auto left = static_cast<size_t>(options.transpose_a ? q * m + r : r * k + q);
-                const auto right = static_cast<size_t>(options.transpose_b ? s * k + q : q * n + s);
-                sum += static_cast<double>(av[left]) * static_cast<double>(bv[right]);
-            }
-            const double before = options.beta == 0.0f ? 0.0 : static_cast<double>(c[out.size()]);
-            out.push_back(static_cast<double>(options.alpha) * sum +
-                          static_cast<double>(options.beta) * before);
-        }
+    auto out = reference_product(m, n, k, {av, a.columns, options.transpose_a},
+                                 {bv, b.columns, options.transpose_b});
+    for (size_t i = 0; i < out.size(); ++i) {
+        const double before = options.beta == 0.0f ? 0.0 : static_cast<double>(c[i]);
+        out[i] = static_cast<double>(options.alpha) * out[i] + static_cast<double>(options.beta) * before;
+    }
     return out;
 }
 
@@ -431,17 +394,6 @@ TEST(ConvertRows, RoundsAsTheStorageTypeDoes) {
 }
 
 // --- errors -------------------------------------------------------------------------------------------
-
-template <class F>
-void expect_error(const char* message, F&& f) {
-    try {
-        f();
-        FAIL() << "no error; expected " << message;
-    } catch (const Error& e) {
-        EXPECT_STREQ(e.what(), message);
-        EXPECT_EQ(e.code(), ErrorCode::invalid_argument);
-    }
-}
 
 TEST(LinearErrors, NameTheArgumentAndItsShape) {
     const Exec ex = make_cpu_exec(1);

@@ -2,7 +2,7 @@
 #include "ssm/ops/mamba_step/mamba_step.h"
 
 #include "ssm/ops/ssd/ssd.h"
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {

@@ -2,7 +2,7 @@
 // and more, so that they come from memory; each call may overlap with the next, as in a step.
 #include "ssm/ops/norm_linear/norm_linear.h"
 
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {

@@ -6,10 +6,10 @@
 // probabilities that reaches p; Holtzman et al. 2020) and min_p (at least min_p times the largest; Nguyen et
 // al. 2024), renormalised, and one draw. Ties go to the smaller id.
 //
-// The draw     u in [0, 1) picks the first id, in rising order, at which the cumulative probability exceeds
-// u. Random       splitmix64: draw number i of a seed is its output number i, so a Sampler is two integers
-// and a
-//              saved state continues the same way. Greedy choices draw nothing.
+// The draw     u in [0, 1) picks the first id, in rising order, at which the cumulative probability
+//              exceeds u.
+// Random       splitmix64: draw number i of a seed is its output number i, so a Sampler is two integers
+//              and a saved state continues the same way. Greedy choices draw nothing.
 // Numerics     weights in f32 (rel. error 2e-6 where they matter), sums in f64; logits more than 87
 //              temperatures below the largest have probability 0.
 // Cost         4 bytes per logit read once for greedy, 16 without restriction; with top_k or top_p only the

@@ -1,6 +1,6 @@
 // The greedy choice among the 50280 entries of Mamba-130M's vocabulary, other logits in each call.
 #include "ssm/ops/sample/sample.h"
-#include "tests/support/cuda_graph_bench.h"
+#include "tests/support/cuda_bench.h"
 
 namespace ssm {
 namespace {

@@ -3,10 +3,9 @@
 // would.
 //
 // GPU        a block for each row; nothing waits, nothing is copied to the host. Weights are summed as
-// integers
-//            (units of 2^-40 of the largest), so the choice does not depend on timing; it may differ from the
-//            CPU's where two cumulative sums are within rounding of the draw. Where the CPU throws because of
-//            NaN, inf or nothing but -inf, the id is -1.
+//            integers (units of 2^-40 of the largest), so the choice does not depend on timing; it may
+//            differ from the CPU's where two cumulative sums are within rounding of the draw. Where the CPU
+//            throws because of NaN, inf or nothing but -inf, the id is -1.
 // Cost       greedy: the logits read once. Else 4 to 13 passes over them, from L2.
 #pragma once
 

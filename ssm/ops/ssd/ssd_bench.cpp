@@ -8,7 +8,7 @@
 
 #include "ssm/core/parallel.h"
 #include "ssm/ops/ssd/ssd.h"
-#include "ssm/ops/ssd/ssd_test_reference.h"
+#include "ssm/ops/ssd/ssd_reference.h"
 
 namespace ssm {
 namespace {

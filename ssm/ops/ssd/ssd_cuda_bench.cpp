@@ -7,7 +7,7 @@
 #include <map>
 
 #include "ssm/ops/ssd/ssd.h"
-#include "ssm/ops/ssd/ssd_test_reference.h"
+#include "ssm/ops/ssd/ssd_reference.h"
 #include "tests/support/cuda.h"
 
 namespace ssm {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "ssm/ops/ssd/ssd_run_reference.h"
+#include "ssm/ops/ssd/ssd_test.h"
 #include "tests/support/cuda.h"
 
 namespace ssm {
@@ -82,16 +82,10 @@ Outputs<T> run_cuda(const SsdCase& c, SsdInputs<T> in, int64_t chunk) {
 }
 
 std::vector<SsdCase> shapes() {
-    return {
-        {.h = 2, .p = 3, .g = 1, .n = 4, .padding = 5},
-        {.h = 6, .p = 8, .g = 2, .n = 16},
-        {.h = 3, .p = 17, .g = 3, .n = 33, .initial_state = false, .D_width = 17, .padding = 1},
-        {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
-        {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
-        {.h = 1, .p = 65, .g = 1, .n = 15},
-        {.h = 2, .p = 129, .g = 2, .n = 127, .D_width = 129, .padding = 8},
-        {.h = 4, .p = 64, .g = 1, .n = 64, .D_width = 64, .padding = 16},
-    };
+    std::vector<SsdCase> all = ssd_shapes();
+    all.push_back({.h = 2, .p = 129, .g = 2, .n = 127, .D_width = 129, .padding = 8});
+    all.push_back({.h = 4, .p = 64, .g = 1, .n = 64, .D_width = 64, .padding = 16});
+    return all;
 }
 
 std::string name_of(const SsdCase& c) { return fmt::format("h {} p {} g {} n {}", c.h, c.p, c.g, c.n); }

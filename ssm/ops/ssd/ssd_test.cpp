@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "ssm/ops/ssd/ssd_run_reference.h"
+#include "ssm/ops/ssd/ssd_test.h"
 #include "tests/support/compare.h"
 #include "tests/support/golden.h"
 #include "tests/support/gradcheck.h"
@@ -26,20 +26,9 @@ void expect_reference(const SsdCase& c, int64_t chunk, uint64_t seed) {
     expect_close(o.final_state, r.final_state, kStateTolerance<T>, "final_state");
 }
 
-std::vector<SsdCase> shapes() {
-    return {
-        {.h = 2, .p = 3, .g = 1, .n = 4, .padding = 5},
-        {.h = 6, .p = 8, .g = 2, .n = 16},
-        {.h = 3, .p = 17, .g = 3, .n = 33, .initial_state = false, .D_width = 17, .padding = 1},
-        {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
-        {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
-        {.h = 1, .p = 65, .g = 1, .n = 15},
-    };
-}
-
 TEST(Ssd, MatchesReference) {
     constexpr int64_t kChunk = 32;
-    for (SsdCase c : shapes()) {
+    for (SsdCase c : ssd_shapes()) {
         for (int64_t l : {int64_t{0}, int64_t{1}, kChunk - 1, kChunk, kChunk + 1, 3 * kChunk + 7}) {
             c.cu_seqlens = {0, l};
             SCOPED_TRACE(fmt::format("h {} p {} g {} n {} l {}", c.h, c.p, c.g, c.n, l));
@@ -50,7 +39,7 @@ TEST(Ssd, MatchesReference) {
 }
 
 TEST(Ssd, SeveralSequences) {
-    for (SsdCase c : shapes()) {
+    for (SsdCase c : ssd_shapes()) {
         c.cu_seqlens = {0, 0, 5, 5, 41, 42, 138, 138};
         SCOPED_TRACE(fmt::format("h {} p {} g {} n {}", c.h, c.p, c.g, c.n));
         expect_reference<float>(c, 16, 3);
@@ -122,7 +111,7 @@ void expect_steps_fold(SsdCase c, double tolerance) {
 }
 
 TEST(Ssd, StepsFoldToScan) {
-    for (const SsdCase& c : shapes()) {
+    for (const SsdCase& c : ssd_shapes()) {
         SCOPED_TRACE(fmt::format("h {} p {} g {} n {}", c.h, c.p, c.g, c.n));
         expect_steps_fold<float>(c, 1e-5);
         expect_steps_fold<bf16>(c, 1e-2);

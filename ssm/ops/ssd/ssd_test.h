@@ -1,14 +1,25 @@
-// Calls of ssd and ssd_backward for the tests: outputs start as NaN, gradients at kGradientStart.
+// Shapes for the tests and calls of ssd and ssd_backward: outputs start as NaN, gradients at kGradientStart.
 #pragma once
 
 #include <gtest/gtest.h>
 
 #include "ssm/ops/ssd/ssd.h"
-#include "ssm/ops/ssd/ssd_test_reference.h"
+#include "ssm/ops/ssd/ssd_reference.h"
 #include "tests/support/compare.h"
 #include "tests/support/gradcheck.h"
 
 namespace ssm::test {
+
+inline std::vector<SsdCase> ssd_shapes() {
+    return {
+        {.h = 2, .p = 3, .g = 1, .n = 4, .padding = 5},
+        {.h = 6, .p = 8, .g = 2, .n = 16},
+        {.h = 3, .p = 17, .g = 3, .n = 33, .initial_state = false, .D_width = 17, .padding = 1},
+        {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
+        {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
+        {.h = 1, .p = 65, .g = 1, .n = 15},
+    };
+}
 
 template <class T>
 struct Outputs {
