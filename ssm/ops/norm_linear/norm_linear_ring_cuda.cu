@@ -170,7 +170,14 @@ bool launch(const Exec& ex, Params p) {
 
 template <class X, class W, bool kPlain>
 bool choose(const Exec& ex, const Params& p) {
-    return p.t <= 1 ? launch<X, W, kPlain, 1, 2>(ex, p) : launch<X, W, kPlain, 2, 2>(ex, p);
+    if (p.t > 1) return launch<X, W, kPlain, 2, 2>(ex, p);
+    // One row where that still is at most one task a warp (out_proj): more warps share the reading. Where v
+    // is yet to be made, two rows hide it better.
+    if constexpr (kPlain) {
+        if (p.o <= kBlocks * kMostWarps * ex.cuda->multiprocessors())
+            return launch<X, W, kPlain, 1, 1>(ex, p);
+    }
+    return launch<X, W, kPlain, 1, 2>(ex, p);
 }
 
 }  // namespace
