@@ -60,7 +60,7 @@ __device__ inline Left<T> pairs(const Times& times, const Sum& G, int row, int j
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
         const int j = j0 + column_of(e);
-        const float value = G.v[e] * __expf(l[e / 2 % 2] - times.l[j]) * times.dt[j];
+        const float value = G.v[e] * decay_of(l[e / 2 % 2] - times.l[j]) * times.dt[j];
         M.v[e] = j <= row + row_of(e) ? value : 0.0f;
     }
     return as_left<T>(M);

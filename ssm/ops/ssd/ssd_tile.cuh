@@ -93,9 +93,15 @@ __device__ inline Part part_at(int64_t v, int64_t ptiles, int64_t p) {
 
 // What the time steps of a tile and head come to. Tokens behind the tile's end have dt 0 and the last l.
 struct alignas(16) Times {
-    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A
-    float e[kQ], w[kQ], r[kQ];   // exp(l); dt r; r = exp(l_q - l)
+    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A log2(e)
+    float e[kQ], w[kQ], r[kQ];   // exp(s A); dt r; r = exp(s_q A - s A)
 };
+// exp(s_i A - s_j A) of l_i - l_j: 2^x, below 2^-126 zero.
+__device__ inline float decay_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ inline void copy_times(Times& to, const Times& from) {
     constexpr int kPacks = sizeof(Times) / 16;
     const int i = threadIdx.x;

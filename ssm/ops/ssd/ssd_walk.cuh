@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kTimesThreads) MakeTimes(const __grid_constant
     const int64_t heads = a.in.x.shape[1], h = unit % heads;
     const Tile tile = tile_at(a.tiling, unit / heads);
     const int lane = threadIdx.x % kWarp, i = 2 * lane;
+    constexpr double kLog2e = 1.4426950408889634;
     const double A = a.in.A.data[h * a.in.A.stride];
     float dt[2];
 #pragma unroll
@@ -43,9 +44,10 @@ __global__ void __launch_bounds__(kTimesThreads) MakeTimes(const __grid_constant
     for (int k = 0; k < 2; ++k) {
         steps.at[k] = dt[k];
         s.at[k] = static_cast<float>(sums[k]);
-        l.at[k] = static_cast<float>(sums[k] * A);
-        e.at[k] = __expf(l.at[k]);
-        r.at[k] = __expf(last - l.at[k]);
+        const float exponent = static_cast<float>(sums[k] * A);
+        l.at[k] = static_cast<float>(sums[k] * A * kLog2e);
+        e.at[k] = __expf(exponent);
+        r.at[k] = __expf(last - exponent);
         w.at[k] = dt[k] * r.at[k];
     }
     Times& to = a.times[unit];
