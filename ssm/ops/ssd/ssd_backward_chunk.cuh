@@ -9,7 +9,7 @@ namespace {
 
 // a and b to to[0] and to[1], the first `inside` of them. `paired`: one aligned word.
 template <class T>
-__device__ inline void give_two(T* to, float a, float b, int64_t inside, bool set, bool paired) {
+__device__ inline void give_two(T* to, float a, float b, int inside, bool set, bool paired) {
     if (paired && inside >= 2) {
         if (!set) {
             const Pack<T, 2> old = load_pack<2>(to);
@@ -150,18 +150,22 @@ template <class T, int K>
 __device__ void write_sums(const Sum (&sums)[K], const View<T, 3>& grad, float* partial, bool set,
                            bool paired, const BackwardParams<T>& a, const Where& w, int row) {
     if (grad.data == nullptr) return;
+    const int inside = static_cast<int>(a.n) - a.n0;
 #pragma unroll
-    for (int b = 0; b < K; ++b) {
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + row_of(2 * half);
+        if (i >= w.length) continue;
+        const int64_t t = w.begin + i;
+        T* const to = grad.data + t * grad.stride + w.group * a.n + a.n0;
+        float* const share = partial + ((w.slice * a.tokens + t) * a.groups + w.group) * a.n + a.n0;
 #pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            const int64_t i = row + row_of(e), j = 16 * b + column_of(e), t = w.begin + i;
-            if (i >= w.length) continue;
-            const float x = sums[b].v[e], y = sums[b].v[e + 1];
+        for (int k = 0; k < 2 * K; ++k) {
+            const int e = 2 * half + k % 2 * 4, j = k / 2 * 16 + column_of(e);
+            const float x = sums[k / 2].v[e], y = sums[k / 2].v[e + 1];
             if (a.slices == 1) {
-                give_two(grad.data + t * grad.stride + w.group * a.n + j, x, y, a.n - j, set, paired);
+                give_two(to + j, x, y, inside - j, set, paired);
             } else {
-                give_two(partial + ((w.slice * a.tokens + t) * a.groups + w.group) * a.n + j, x, y, a.n - j,
-                         true, a.n % 2 == 0);
+                give_two(share + j, x, y, inside - j, true, a.n % 2 == 0);
             }
         }
     }
@@ -203,7 +207,7 @@ template <Role kRole, class T, int N, class F>
 __device__ inline void each_part(ChunkTiles<T, N>& m, const BackwardParams<T>& a, const Where& w,
                                  const F& f) {
     constexpr bool kAhead = ChunkTiles<T, N>::kStages == 2, kFetches = kRole != Role::grad_x;
-    Partial* const partial = a.partial + w.tile * a.heads * a.ptiles;
+    Partial* const partial = a.partial + (a.n0 / N * a.tiles + w.tile) * a.heads * a.ptiles;
     int now = 0;
     for (int v = w.first_part; v < w.last_part; ++v, now = 1 - now) {
         if (!kAhead && v > w.first_part) {
@@ -220,6 +224,7 @@ __device__ inline void each_part(ChunkTiles<T, N>& m, const BackwardParams<T>& a
     if (kRole == Role::grad_B) leave_sums(partial[w.last_part - 1], m.sums[1 - now]);
 }
 
+// The columns from a.n0 on; of the first ones, launched first, the pairs too: G is the sum over all.
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, 1) Chunk(const __grid_constant__ BackwardParams<T> a) {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -227,13 +232,20 @@ __global__ void __launch_bounds__(kThreads, 1) Chunk(const __grid_constant__ Bac
     const Where w = where_of_block(a);
     const Own own = own_of_warp();
     const int n = static_cast<int>(a.n);
-    copy_tile<kQ, N, kThreads>(m.B, a.in.B.data + w.begin * a.in.B.stride + w.group * n, a.in.B.stride,
-                               w.length, n, a.packed_B);
-    copy_tile<kQ, N, kThreads>(m.C, a.in.C.data + w.begin * a.in.C.stride + w.group * n, a.in.C.stride,
-                               w.length, n, a.packed_C);
+    PairSums pairs;
     if (own.role != Role::grad_x) fetch_part(m.in[0], a, w, w.first_part);
-    wait_copies();
-    __syncthreads();
+    for (int n0 = a.n0 == 0 ? (a.bands - 1) * N : a.n0;; n0 -= N) {
+        const int64_t at = w.group * n + n0;
+        copy_tile<kQ, N, kThreads>(m.B, a.in.B.data + w.begin * a.in.B.stride + at, a.in.B.stride, w.length,
+                                   n - n0, a.packed_B);
+        copy_tile<kQ, N, kThreads>(m.C, a.in.C.data + w.begin * a.in.C.stride + at, a.in.C.stride, w.length,
+                                   n - n0, a.packed_C);
+        wait_copies();
+        __syncthreads();
+        if (own.role == Role::grad_x && a.n0 == 0) multiply_pairs<T, N>(pairs, m.B, m.C, own);
+        if (n0 == a.n0) break;
+        __syncthreads();
+    }
     T* const grad_G = m.in[0].x;  // transposed, after the last part
     if (own.role == Role::grad_C) {
         Sum grad_C[N / 16];
@@ -254,8 +266,6 @@ __global__ void __launch_bounds__(kThreads, 1) Chunk(const __grid_constant__ Bac
             add_block(grad_B, left<false>(grad_G, kLdQ, own.row, 16 * k), m.C, 16 * k);
         write_sums(grad_B, a.grad.B, a.B, a.grad.set.B, a.paired_B, a, w, own.row);
     } else {
-        PairSums pairs;
-        multiply_pairs<T, N>(pairs, m.B, m.C, own);
         each_part<Role::grad_x>(m, a, w, [&](const PartTile<T, N>& in, TokenSums& sums, int v) {
             const Tokens<T, false> x(in.x, own.row, kP / 2 * own.half);
             Sum grad_X[2];

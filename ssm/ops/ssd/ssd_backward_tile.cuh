@@ -23,9 +23,10 @@ struct BackwardParams {
     SsdGradients<T> grad;
     Tiling tiling;
     int64_t ptiles, heads, p, groups, n, tokens, tiles, slices;
+    int n0 = 0, bands;  // the first of the columns of a state that Chunk is at; how many times it is launched
     const Times* times;  // [tiles heads]
     const T *S, *Z;      // [tiles, heads * ptiles, kP, N]: entering a tile; the gradient of what leaves it
-    Partial* partial;    // [tiles, heads * ptiles]
+    Partial* partial;    // [bands, tiles, heads * ptiles]
     float *A, *dt_bias, *D;  // [heads tiles]
     float *B, *C;            // [slices tokens groups n] if slices > 1
     bool packed_x, packed_B, packed_C, packed_grad_y;
@@ -162,7 +163,8 @@ template <int N, class T>
 __device__ inline Sum times_state(const Tokens<T>& tokens, const T* state, int column) {
     Sum s;
 #pragma unroll
-    for (int k = 0; k < kP / 16; ++k) multiply(s, tokens[k], right<true>(state, N + kPad, 16 * k, column));
+    for (int k = 0; k < kP / 16; ++k)
+        multiply(s, tokens[k], right<true>(state, N + kPad, tokens.column(k), column));
     return s;
 }
 

@@ -34,6 +34,7 @@ std::vector<SsdCase> shapes() {
         {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
         {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
         {.h = 1, .p = 65, .g = 1, .n = 15},
+        {.h = 2, .p = 9, .g = 1, .n = 256, .padding = 8},
     };
 }
 
@@ -207,6 +208,7 @@ TEST(Ssd, GradientsMatchFiniteDifferences) {
                      18, 23, true);
     expect_gradients({.h = 2, .p = 2, .g = 1, .n = 17, .cu_seqlens = {0, 21}, .dt_softplus = false}, 1, 24,
                      true);
+    expect_gradients({.h = 1, .p = 2, .g = 1, .n = 200, .cu_seqlens = {0, 7}}, 4, 26, true);
     // Some time steps are outside the limits: no gradient passes.
     expect_gradients({.h = 2, .p = 2, .g = 1, .n = 3, .cu_seqlens = packed, .dt_min = 0.3f, .dt_max = 0.8f},
                      6, 25, true);

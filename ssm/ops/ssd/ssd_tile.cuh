@@ -13,7 +13,8 @@ constexpr int kQ = 64;   // tokens of a tile
 constexpr int kP = 64;   // elements of a head in a tile; a wider head is several tiles
 constexpr int kPad = 8;  // behind each row in shared memory: no two rows of a fragment in one bank
 constexpr int kLdP = kP + kPad, kLdQ = kQ + kPad;
-constexpr int kMaxN = 128;
+constexpr int kBand =
+    128;  // columns of a state that a block has; a wider state's bands come one after another
 
 // ---- tiles
 __device__ inline void copy16(void* to, const void* from, bool inside = true) {
@@ -226,8 +227,11 @@ void allow_shared(Kernel kernel, size_t bytes, std::string_view op) {
           op);
 }
 
-inline void require_state_width(std::string_view op, int64_t n) {
-    if (n > kMaxN) fail(ErrorCode::unsupported, op, "on CUDA n may be at most {} but is {}", kMaxN, n);
+// A state's columns, of rows that lie apart as before, from n0 on.
+template <class T, int R>
+View<T, R> from_column(View<T, R> v, int64_t n0) {
+    if (v.data != nullptr) v.data += n0;
+    return v;
 }
 
 }  // namespace ssm::cuda

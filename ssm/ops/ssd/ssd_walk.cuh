@@ -78,6 +78,7 @@ struct WalkParams {
     Tiling tiling;
     const Times* times;
     int64_t heads, ptiles, groups, p, n;
+    int64_t columns;  // of the states from where the views begin, n or fewer
     Walks<T> walks[2];
 };
 
@@ -126,7 +127,7 @@ __device__ Course<T> course_of(const WalkParams<T>& a, const Walks<T>& w, int64_
     Course<T> c{};
     c.part = part_at(unit % parts, a.ptiles, a.p);
     c.j0 = static_cast<int>(slice) * W;
-    c.columns = static_cast<int>(a.n) - c.j0;
+    c.columns = static_cast<int>(a.columns) - c.j0;
     c.s = w.by_chunk ? sequence_of(a.tiling.chunks, i) : i;
     c.from_row = i;
     c.count = a.tiling.tiles.offset(c.s + 1) - a.tiling.tiles.offset(c.s);
