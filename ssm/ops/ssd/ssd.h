@@ -15,8 +15,8 @@
 // Numerics   decays, sums and states in f32; exp only of differences l_i - l_j <= 0, masked before exp.
 //            rel. L2 error vs f64 <= 1e-5 (f32); bf16: y 1e-2, states 3e-3 (1e-5 from ssd_step). Where
 //            the processor has bf16 products, the operands of the products are rounded to bf16.
-//            CUDA: n <= 128; bf16: operands rounded to bf16 as well, gradients 2e-2 (of A and dt_bias 5e-2
-//            where their terms cancel); f32 gradients 1e-4; deterministic.
+//            CUDA, bf16: operands rounded to bf16 as well, y and grad x once per 128 of n; gradients 2e-2
+//            (of A and dt_bias 5e-2 where their terms cancel); f32 gradients 1e-4; deterministic.
 // Cost       2 t (q (g n + h p) + 2 h p n) FLOP with chunk q: matrix products; compute bound.
 #pragma once
 

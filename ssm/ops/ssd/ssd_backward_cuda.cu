@@ -30,7 +30,6 @@ __device__ inline void add_part(TokenGradients& g, const Partial& from, const Ti
         g.ends += dt * xz;
         g.A += s * c + (time - s) * (dt * xz);
     }
-    g.D += from.D[lane] + from.D[lane + kWarp];
     g.through += from.inner;
     g.pairs += from.pairs;
 }
@@ -46,7 +45,13 @@ __global__ void __launch_bounds__(kReduceThreads) Finish(const __grid_constant__
     const int lane = threadIdx.x % kWarp, i = 2 * lane;
     const Times& times = a.times[unit];
     TokenGradients g;
-    for (int64_t part = 0; part < a.ptiles; ++part) add_part(g, a.partial[unit * a.ptiles + part], times);
+    for (int64_t part = 0; part < a.ptiles; ++part) {
+        const Partial& first = a.partial[unit * a.ptiles + part];
+        add_part(g, first, times);
+        g.D += first.D[lane] + first.D[lane + kWarp];
+        for (int band = 1; band < a.bands; ++band)
+            add_part(g, (&first)[band * a.tiles * a.heads * a.ptiles], times);
+    }
     g.through *= times.e[kQ - 1];
     const float ends = warp_sum(g.ends) + g.through,
                 grad_A = warp_sum(g.A) + g.pairs + times.s[kQ - 1] * g.through;
@@ -136,23 +141,28 @@ __global__ void __launch_bounds__(kReduceThreads) ReduceHead(const __grid_consta
 }
 
 // ---- launch
+constexpr std::string_view kOp = "ssd_backward";
+
 template <class T, int N>
-void launch(const Exec& ex, const BackwardParams<T>& a) {
-    constexpr std::string_view op = "ssd_backward";
-    const cudaStream_t stream = stream_of(ex);
-    allow_shared(Chunk<T, N>, sizeof(ChunkTiles<T, N>), op);
+void chunk_kernel(const Exec& ex, const BackwardParams<T>& a) {
+    allow_shared(Chunk<T, N>, sizeof(ChunkTiles<T, N>), kOp);
     const dim3 blocks(static_cast<unsigned>(a.tiles), static_cast<unsigned>(a.groups * a.slices));
-    Chunk<T, N><<<blocks, kThreads, sizeof(ChunkTiles<T, N>), stream>>>(a);
-    check_launch(op);
+    Chunk<T, N><<<blocks, kThreads, sizeof(ChunkTiles<T, N>), stream_of(ex)>>>(a);
+    check_launch(kOp);
+}
+
+template <class T>
+void reduce(const Exec& ex, const BackwardParams<T>& a) {
+    const cudaStream_t stream = stream_of(ex);
     if (a.slices > 1 && (a.grad.B || a.grad.C)) {
         ReduceSlices<T>
             <<<blocks_for(a.tokens * a.groups * a.n, kReduceThreads), kReduceThreads, 0, stream>>>(a);
-        check_launch(op);
+        check_launch(kOp);
     }
     Finish<T><<<blocks_for(a.tiles * a.heads, kReduceThreads / kWarp), kReduceThreads, 0, stream>>>(a);
-    check_launch(op);
+    check_launch(kOp);
     ReduceHead<T><<<static_cast<unsigned>(a.heads), kReduceThreads, 0, stream>>>(a);
-    check_launch(op);
+    check_launch(kOp);
 }
 
 template <class T>
@@ -166,6 +176,7 @@ BackwardParams<T> make_params(const Exec& ex, const SsdInputs<T>& in, const Tili
     a.tokens = in.x.shape[0];
     a.tiles = tiling.tiles();
     a.ptiles = tiles_of(a.p, kP);
+    a.bands = static_cast<int>(tiles_of(a.n, kBand));
     a.slices = slices_for(a.tiles * a.groups, a.heads / a.groups * a.ptiles, ex.cuda->multiprocessors());
     a.packed_x = packed16(in.x.data, in.x.stride, in.x.shape);
     a.packed_B = packed16(in.B.data, in.B.stride, in.B.shape);
@@ -182,25 +193,25 @@ template <class T, int N>
 void walk_both(const Exec& ex, const BackwardParams<T>& a, const TilingOnDevice& tiling,
                View<const float, 4> chunk_states, View<const float, 4> grad_final_state, T* S, T* Z) {
     const int64_t parts = a.heads * a.ptiles;
-    WalkParams<T> w{a.tiling, a.times, a.heads, a.ptiles, a.groups, a.p, a.n};
+    WalkParams<T> w{a.tiling, a.times, a.heads, a.ptiles, a.groups, a.p, a.n, a.n - a.n0};
     Walks<T>& back = w.walks[0];
     back.rows = a.grad_y;
-    back.columns = a.in.C;
+    back.columns = from_column(a.in.C, a.n0);
     back.packed_rows = a.packed_grad_y;
     back.packed_columns = a.packed_C;
     back.backwards = true;
     back.add = true;
-    back.from = grad_final_state;
-    back.last = a.grad.initial_state;
+    back.from = from_column(grad_final_state, a.n0);
+    back.last = from_column(a.grad.initial_state, a.n0);
     back.states = Z;
     back.count = a.tiling.sequences.count * parts;
     Walks<T>& on = w.walks[1];
     on.rows = a.in.x;
-    on.columns = a.in.B;
+    on.columns = from_column(a.in.B, a.n0);
     on.packed_rows = a.packed_x;
     on.packed_columns = a.packed_B;
     on.by_chunk = true;
-    on.from = chunk_states;
+    on.from = from_column(chunk_states, a.n0);
     on.states = S;
     on.count = tiling.chunks() * parts;
     walk<T, N>(ex, w, "ssd_backward");
@@ -216,7 +227,7 @@ void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk
     const int64_t units = a.tiles * a.heads, states = units * a.ptiles * kP * N;
     const int64_t sums = a.slices > 1 ? a.slices * a.tokens * a.groups * a.n : 0;
     const Scratch<Times> times(ex, size(units));
-    const Scratch<Partial> partial(ex, size(units * a.ptiles));
+    const Scratch<Partial> partial(ex, size(a.bands * units * a.ptiles));
     const Scratch<T> S(ex, size(states)), Z(ex, size(states));
     const Scratch<float> A(ex, size(units)), dt_bias(ex, size(units)), D(ex, size(units)), B(ex, size(sums)),
         C(ex, size(sums));
@@ -230,8 +241,15 @@ void backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk
     a.B = B.data();
     a.C = C.data();
     make_times(ex, in, a.tiling, a.tiles, times.data(), "ssd_backward");
-    walk_both<T, N>(ex, a, tiling, chunk_states, grad_final_state, S.data(), Z.data());
-    if (a.tokens > 0) launch<T, N>(ex, a);
+    BackwardParams<T> band = a;
+    for (int i = 0; i < a.bands; ++i) {
+        walk_both<T, N>(ex, band, tiling, chunk_states, grad_final_state, S.data(), Z.data());
+        if (a.tokens > 0) chunk_kernel<T, N>(ex, band);
+        band.n0 += N;
+        band.in.D = {};  // D grad y is there; the rest is added
+        band.grad.set.x = false;
+    }
+    if (a.tokens > 0) reduce(ex, a);
 }
 
 }  // namespace
@@ -240,11 +258,10 @@ template <class T>
 void ssd_backward(const Exec& ex, const SsdInputs<T>& in, View<const float, 4> chunk_states,
                   View<const T, 3> grad_y, View<const float, 4> grad_final_state, const SsdGradients<T>& grad,
                   int64_t chunk) {
-    require_state_width("ssd_backward", in.B.shape[2]);
     if (in.B.shape[2] <= 64) {
         backward<T, 64>(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
     } else {
-        backward<T, kMaxN>(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
+        backward<T, kBand>(ex, in, chunk_states, grad_y, grad_final_state, grad, chunk);
     }
 }
 

@@ -26,6 +26,7 @@ constexpr Shape kShapes[] = {
     {"mamba2-130m/b8_l2048", 8, 2048, 24, 64, 1, 128},
     {"mamba2-1.3b/b8_l2048", 8, 2048, 64, 64, 1, 128},
     {"mamba2-130m/b1_l2048", 1, 2048, 24, 64, 1, 128},
+    {"n256/b8_l2048", 8, 2048, 24, 64, 1, 256},
 };
 
 // Random device memory of T[count].

@@ -176,7 +176,7 @@ TEST(SsdCuda, Step) {
         expect_step<float, bf16>(c);
         expect_step<bf16, bf16>(c);
     }
-    for (const int64_t n : {16, 32, 64, 128}) {
+    for (const int64_t n : {16, 32, 64, 128, 256}) {
         for (const int64_t p : {5, 16, 64}) {
             const SsdCase c{.h = 4, .p = p, .g = 2, .n = n};
             expect_step<float>(c);
@@ -378,16 +378,47 @@ TEST(SsdCuda, AbsentGradientsAndNoTokens) {
     expect_close(added(grad_A), to_double(all.A), 2e-5, "A");
 }
 
-TEST(SsdCuda, AStateTooWideIsRefused) {
-    SsdCase c{.h = 1, .p = 2, .g = 1, .n = 129, .cu_seqlens = {0, 1}};
-    SsdArguments<float> arguments(c, random_ssd(c, 1));
-    std::string message;
-    try {
-        run_cuda<float>(c, arguments.inputs(), 64);
-    } catch (const Error& error) {
-        message = error.what();
+// States of more columns than a block has.
+std::vector<SsdCase> wide_shapes() {
+    return {
+        {.h = 2, .p = 5, .g = 1, .n = 129, .padding = 1},
+        {.h = 6, .p = 64, .g = 2, .n = 160, .D_width = 64},
+        {.h = 2, .p = 65, .g = 2, .n = 192, .initial_state = false, .D_width = 0, .padding = 5},
+        {.h = 4, .p = 64, .g = 1, .n = 256, .padding = 16},
+        {.h = 1, .p = 17, .g = 1, .n = 300, .dt_bias = false, .padding = 8},
+    };
+}
+
+TEST(SsdCuda, WideStates) {
+    for (SsdCase c : wide_shapes()) {
+        for (const std::vector<int64_t>& ends :
+             {std::vector<int64_t>{0, 0}, {0, 1}, {0, 200}, {0, 0, 5, 41, 42, 198}}) {
+            c.cu_seqlens = ends;
+            for (const int64_t chunk : {37, 64, 1000}) {
+                SCOPED_TRACE(name_of(c) + fmt::format(" t {} chunk {}", ends.back(), chunk));
+                expect_reference<float>(c, chunk, 33);
+                expect_reference<bf16>(c, chunk, 34);
+            }
+        }
+        expect_step<float>(c);
+        expect_step<bf16>(c);
+        expect_step<float, bf16>(c);
+        expect_step<bf16, bf16>(c);
     }
-    EXPECT_EQ(message, "[ssd] on CUDA n may be at most 128 but is 129");
+}
+
+TEST(SsdCuda, GradientsOfWideStates) {
+    for (SsdCase c : wide_shapes()) {
+        for (const std::vector<int64_t>& ends :
+             {std::vector<int64_t>{0, 2}, {0, 300}, {0, 9, 9, 10, 180, 180}}) {
+            c.cu_seqlens = ends;
+            for (const int64_t chunk : {37, 64, 1000}) {
+                expect_gradients<float>(c, chunk, 35, chunk != 64);
+                expect_gradients<bf16>(c, chunk, 36, true, {true, true, true, true});
+            }
+        }
+        expect_gradients<bf16>(c, 64, 37, false);
+    }
 }
 
 }  // namespace

@@ -111,6 +111,12 @@ __device__ inline Left<E> as_left(const Sum& s) {
     return f;
 }
 
+// Element e of a left block: where it lies, row_of and column_of say.
+__device__ inline float element(const Left<float>& f, int e) { return f.v[e]; }
+__device__ inline float element(const Left<bf16>& f, int e) {
+    return __uint_as_float(e % 2 == 0 ? f.v[e / 2] << 16 : f.v[e / 2] & 0xffff0000u);
+}
+
 // Column k of the left block times w[k]; w points at the block's 16 factors.
 __device__ inline void scale_columns(Left<float>& f, const float* w) {
     const int c = threadIdx.x % 4 * 2;

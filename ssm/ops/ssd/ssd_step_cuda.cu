@@ -1,7 +1,7 @@
 // CUDA kernel of ssd_step: states are streamed through registers. L lanes take a row of n = W L numbers, 16
-// bytes each, and,
-// one after another, U rows that lie next to each other; all loads are begun before the first is used. B and
-// C are held meanwhile. A lane of each row's group writes y.
+// bytes each (32 where n is 256 and the states are f32), and, one after another, U rows that lie next to each
+// other; all loads are begun before the first is used. B and C are held meanwhile. A lane of each row's group
+// writes y.
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/numbers.cuh"
 #include "ssm/core/cuda/warp_sums.cuh"
@@ -38,9 +38,9 @@ __device__ inline float skip_of(const SsdInputs<T>& in, int64_t h, int64_t row) 
 }
 
 // A warp: U 32 / L rows of one head of one sequence.
-template <class T, class S, int L, int U>
+template <class T, class S, int L, int U, int W>
 __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ StepParams<T, S> a) {
-    constexpr int W = 16 / sizeof(S), kRows = U * kWarp / L;
+    constexpr int kRows = U * kWarp / L, kLine = 128 / (W * static_cast<int>(sizeof(S)));
     const SsdInputs<T>& in = a.in;
     const int64_t heads = in.x.shape[1], p = in.x.shape[2], groups = in.B.shape[1], n = L * W;
     const int64_t blocks = (p + kRows - 1) / kRows;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
                (h * p + row) * n + lane * W;
 #pragma unroll
     for (int u = 0; u < U; ++u)
-        if (lane % 8 == 0 && row + u < p) prefetch_l2(state + u * n);
+        if (lane % kLine == 0 && row + u < p) prefetch_l2(state + u * n);
     const int64_t mine = lane / (L / U), i = row + mine;
     const float A = in.A.data[h * in.A.stride], bias = bias_of(in, h),
                 skip = i < p ? skip_of(in, h, i) : 0.0f;
@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(kMostThreads) StepPlain(const __grid_constant_
     a.y.data[s * a.y.stride + h * p + i] = from_float<T>(fmaf(skip_of(in, h, i), x, y));
 }
 
-template <class T, class S, int L, int U>
+template <class T, class S, int L, int U, int W = 16 / sizeof(S)>
 void launch(const Exec& ex, const StepParams<T, S>& a) {
     constexpr int kRows = U * kWarp / L;
     const int64_t units = a.in.x.shape[0] * a.in.x.shape[1] * ((a.in.x.shape[2] + kRows - 1) / kRows);
     // Few states: small blocks, so that they reach every multiprocessor.
     int64_t threads = kMostThreads;
     while (threads > kWarp && units * kWarp < 2 * threads * ex.cuda->multiprocessors()) threads /= 2;
-    launch_overlapped(ex, "ssd_step", Step<T, S, L, U>,
+    launch_overlapped(ex, "ssd_step", Step<T, S, L, U, W>,
                       {blocks_for(units * kWarp, threads), static_cast<unsigned>(threads)}, a);
 }
 
@@ -137,6 +137,9 @@ void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 
     constexpr int W = 16 / sizeof(S), kAligned = sizeof(T) * W < 16 ? W : 16 / sizeof(T);
     const StepParams<T, S> a{in, state, y};
     const int64_t n = in.B.shape[2];
+    if (n == 256 && packable(state.data, state.stride, W) &&
+        packable(in.B.data, in.B.stride, 16 / sizeof(T)) && packable(in.C.data, in.C.stride, 16 / sizeof(T)))
+        return launch<T, S, 32, 4, 8>(ex, a);
     const bool packs = packable(state.data, state.stride, W) && packable(in.B.data, in.B.stride, kAligned) &&
                        packable(in.C.data, in.C.stride, kAligned);
     if (packs && n == 128) return launch<T, S, 128 / W, 8>(ex, a);

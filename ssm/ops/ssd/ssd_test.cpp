@@ -196,6 +196,7 @@ TEST(Ssd, GradientsMatchFiniteDifferences) {
                      18, 23, true);
     expect_gradients({.h = 2, .p = 2, .g = 1, .n = 17, .cu_seqlens = {0, 21}, .dt_softplus = false}, 1, 24,
                      true);
+    expect_gradients({.h = 1, .p = 2, .g = 1, .n = 200, .cu_seqlens = {0, 7}}, 4, 26, true);
     // Some time steps are outside the limits: no gradient passes.
     expect_gradients({.h = 2, .p = 2, .g = 1, .n = 3, .cu_seqlens = packed, .dt_min = 0.3f, .dt_max = 0.8f},
                      6, 25, true);

@@ -18,6 +18,7 @@ inline std::vector<SsdCase> ssd_shapes() {
         {.h = 2, .p = 64, .g = 1, .n = 128, .dt_bias = false, .dt_softplus = false, .D_width = 0},
         {.h = 4, .p = 1, .g = 2, .n = 1, .dt_min = 0.2f, .dt_max = 0.9f, .padding = 3},
         {.h = 1, .p = 65, .g = 1, .n = 15},
+        {.h = 2, .p = 9, .g = 1, .n = 256, .padding = 8},
     };
 }
 

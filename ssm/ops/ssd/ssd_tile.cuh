@@ -13,7 +13,8 @@ constexpr int kQ = 64;   // tokens of a tile
 constexpr int kP = 64;   // elements of a head in a tile; a wider head is several tiles
 constexpr int kPad = 8;  // behind each row in shared memory: no two rows of a fragment in one bank
 constexpr int kLdP = kP + kPad, kLdQ = kQ + kPad;
-constexpr int kMaxN = 128;
+constexpr int kBand =
+    128;  // columns of a state that a block has; a wider state's bands come one after another
 
 // ---- tiles
 __device__ inline void copy16(void* to, const void* from, bool inside = true) {
@@ -93,9 +94,15 @@ __device__ inline Part part_at(int64_t v, int64_t ptiles, int64_t p) {
 
 // What the time steps of a tile and head come to. Tokens behind the tile's end have dt 0 and the last l.
 struct alignas(16) Times {
-    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A
-    float e[kQ], w[kQ], r[kQ];   // exp(l); dt r; r = exp(l_q - l)
+    float dt[kQ], s[kQ], l[kQ];  // s: sums of dt up to and with this token; l = s A log2(e)
+    float e[kQ], w[kQ], r[kQ];   // exp(s A); dt r; r = exp(s_q A - s A)
 };
+// exp(s_i A - s_j A) of l_i - l_j: 2^x, below 2^-126 zero.
+__device__ inline float decay_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ inline void copy_times(Times& to, const Times& from) {
     constexpr int kPacks = sizeof(Times) / 16;
     const int i = threadIdx.x;
@@ -220,8 +227,11 @@ void allow_shared(Kernel kernel, size_t bytes, std::string_view op) {
           op);
 }
 
-inline void require_state_width(std::string_view op, int64_t n) {
-    if (n > kMaxN) fail(ErrorCode::unsupported, op, "on CUDA n may be at most {} but is {}", kMaxN, n);
+// A state's columns, of rows that lie apart as before, from n0 on.
+template <class T, int R>
+View<T, R> from_column(View<T, R> v, int64_t n0) {
+    if (v.data != nullptr) v.data += n0;
+    return v;
 }
 
 }  // namespace ssm::cuda

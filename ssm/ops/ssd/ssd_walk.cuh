@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kTimesThreads) MakeTimes(const __grid_constant
     const int64_t heads = a.in.x.shape[1], h = unit % heads;
     const Tile tile = tile_at(a.tiling, unit / heads);
     const int lane = threadIdx.x % kWarp, i = 2 * lane;
+    constexpr double kLog2e = 1.4426950408889634;
     const double A = a.in.A.data[h * a.in.A.stride];
     float dt[2];
 #pragma unroll
@@ -43,9 +44,10 @@ __global__ void __launch_bounds__(kTimesThreads) MakeTimes(const __grid_constant
     for (int k = 0; k < 2; ++k) {
         steps.at[k] = dt[k];
         s.at[k] = static_cast<float>(sums[k]);
-        l.at[k] = static_cast<float>(sums[k] * A);
-        e.at[k] = __expf(l.at[k]);
-        r.at[k] = __expf(last - l.at[k]);
+        const float exponent = static_cast<float>(sums[k] * A);
+        l.at[k] = static_cast<float>(sums[k] * A * kLog2e);
+        e.at[k] = __expf(exponent);
+        r.at[k] = __expf(last - exponent);
         w.at[k] = dt[k] * r.at[k];
     }
     Times& to = a.times[unit];
@@ -76,6 +78,7 @@ struct WalkParams {
     Tiling tiling;
     const Times* times;
     int64_t heads, ptiles, groups, p, n;
+    int64_t columns;  // of the states from where the views begin, n or fewer
     Walks<T> walks[2];
 };
 
@@ -124,7 +127,7 @@ __device__ Course<T> course_of(const WalkParams<T>& a, const Walks<T>& w, int64_
     Course<T> c{};
     c.part = part_at(unit % parts, a.ptiles, a.p);
     c.j0 = static_cast<int>(slice) * W;
-    c.columns = static_cast<int>(a.n) - c.j0;
+    c.columns = static_cast<int>(a.columns) - c.j0;
     c.s = w.by_chunk ? sequence_of(a.tiling.chunks, i) : i;
     c.from_row = i;
     c.count = a.tiling.tiles.offset(c.s + 1) - a.tiling.tiles.offset(c.s);
