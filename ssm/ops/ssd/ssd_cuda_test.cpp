@@ -144,11 +144,12 @@ TEST(SsdCuda, ExtremeDecays) {
     }
 }
 
-// A step of many sequences equals one-token sequences, each with its own state.
+// A step of several sequences equals one-token sequences, each with its own state.
 template <class T, class S = float>
-void expect_step(SsdCase c) {
-    SCOPED_TRACE(name_of(c));
-    c.cu_seqlens = {0, 1, 2, 3};
+void expect_step(SsdCase c, int64_t sequences = 3) {
+    SCOPED_TRACE(name_of(c) + fmt::format(" sequences {}", sequences));
+    c.cu_seqlens.clear();
+    for (int64_t s = 0; s <= sequences; ++s) c.cu_seqlens.push_back(s);
     c.initial_state = true;
     SsdValues<float> v = random_ssd(c, 10);
     for (float& x : v.initial_state) x = static_cast<float>(static_cast<S>(x));
@@ -156,11 +157,12 @@ void expect_step(SsdCase c) {
     const SsdResult r = reference_ssd(c, arguments.values());
     const SsdInputs<T> in = arguments.inputs();
     const auto* initial = in.initial_state.data;
-    StridedRows<S> state(std::vector<S>(initial, initial + in.initial_state.size()), 3, c.padding);
-    StridedRows<T> y(3, c.h * c.p, c.padding);
+    StridedRows<S> state(std::vector<S>(initial, initial + in.initial_state.size()), sequences, c.padding);
+    StridedRows<T> y(sequences, c.h * c.p, c.padding);
     Mover move(c);
-    const auto state_here = state.template view<S, 4>({3, c.h, c.p, c.n}), state_there = move(state_here);
-    const auto y_here = y.template view<T, 3>({3, c.h, c.p}), y_there = move(y_here);
+    const auto state_here = state.template view<S, 4>({sequences, c.h, c.p, c.n}),
+               state_there = move(state_here);
+    const auto y_here = y.template view<T, 3>({sequences, c.h, c.p}), y_there = move(y_here);
     ssd_step<T>(cuda_exec(), moved(move, in), state_there, y_there);
     move.back(state_there, state_here);
     move.back(y_there, y_here);
@@ -187,12 +189,22 @@ TEST(SsdCuda, Step) {
     }
 }
 
+// As many as fill a GPU, whose last rows of a head are fewer than a warp takes.
+TEST(SsdCuda, StepOfManySequences) {
+    for (const int64_t n : {64, 128}) {
+        const SsdCase c{.h = 24, .p = 21, .g = 1, .n = n};
+        expect_step<float>(c, 128);
+        expect_step<bf16, bf16>(c, 128);
+    }
+}
+
 // Slots: the states of a larger pool, in another order; the others stay.
 TEST(SsdCuda, StepInSlots) {
     const Exec& ex = cuda_exec();
-    for (const int64_t n : {3, 128}) {
-        const int64_t s = 3, pool = 5, h = 2, p = 9;
-        const std::vector<int32_t> slots{4, 0, 2};
+    for (const int64_t n : {3, 64, 128}) {
+        const int64_t s = 40, pool = 64, h = 6, p = 9;
+        std::vector<int32_t> slots;
+        for (int64_t i = 0; i < s; ++i) slots.push_back(static_cast<int32_t>((37 * i + 4) % pool));
         Random random(3);
         const Tensor x = on_device(random.vector(s * h * p), {s, h, p}),
                      dt = on_device(random.vector(s * h), {s, h}),

@@ -37,6 +37,15 @@ __device__ inline float skip_of(const SsdInputs<T>& in, int64_t h, int64_t row) 
     return in.D.data == nullptr ? 0.0f : in.D.data[h * in.D.stride + (in.D.shape[1] == 1 ? 0 : row)];
 }
 
+// States are read again a step later at the earliest: L2 may write them to memory and forget them first.
+template <class S, int W>
+__device__ inline void store_once(S* p, const Words<S, W>& v) {
+#pragma unroll
+    for (int i = 0; i < Words<S, W>::kCount; i += 4)
+        __stcs(reinterpret_cast<uint4*>(p) + i / 4,
+               make_uint4(v.at[i], v.at[i + 1], v.at[i + 2], v.at[i + 3]));
+}
+
 // A warp: U 32 / L rows of one head of one sequence.
 template <class T, class S, int L, int U, int W>
 __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ StepParams<T, S> a) {
@@ -83,7 +92,7 @@ __global__ void __launch_bounds__(kMostThreads) Step(const __grid_constant__ Ste
             next[k] = fmaf(decay, held[u][k], dt * inputs[u] * B[k]);
             sums[u] = fmaf(next[k], C[k], sums[u]);
         }
-        store_words<W>(state + u * n, to_words<S>(next));
+        store_once(state + u * n, to_words<S>(next));
     }
     const float sum = sum_values<U, L>(sums);
     if (lane % (L / U) != 0 || i >= p) return;
@@ -142,9 +151,9 @@ void ssd_step(const Exec& ex, const SsdInputs<T>& in, View<S, 4> state, View<T, 
         return launch<T, S, 32, 4, 8>(ex, a);
     const bool packs = packable(state.data, state.stride, W) && packable(in.B.data, in.B.stride, kAligned) &&
                        packable(in.C.data, in.C.stride, kAligned);
-    if (packs && n == 128) return launch<T, S, 128 / W, 8>(ex, a);
-    if (packs && n == 64) return launch<T, S, 64 / W, 8>(ex, a);
-    if (packs && n == 32) return launch<T, S, 32 / W, 32 / W>(ex, a);
+    if (packs && n == 128) return launch<T, S, 128 / W, 4>(ex, a);
+    if (packs && n == 64) return launch<T, S, 64 / W, 4>(ex, a);
+    if (packs && n == 32) return launch<T, S, 32 / W, 4>(ex, a);
     if (packs && n == 16) return launch<T, S, 16 / W, 16 / W>(ex, a);
     const dim3 blocks(static_cast<unsigned>(in.x.shape[0] * in.x.shape[1]),
                       blocks_for(in.x.shape[2], kMostThreads / 8));
