@@ -19,8 +19,8 @@ struct BackwardParams {
     bool softplus;
     Segments segments, first_tile;  // first_tile.first: of the sequences' tiles
     int64_t d_blocks;
-    const float* states;    // [tiles d n]: entering each tile of kTile tokens
-    const float* entering;  // gradients from later tokens: [segments d n] when split, else [s d n]; or absent
+    const float* states;  // [tiles d n]: entering each tile of kTile tokens
+    Entering entering;    // gradients from later tokens
     View<T, 2> grad_u, grad_delta, grad_z;
     View<T, 2> y;  // absent, or once more
     SelectiveScanSet set;
@@ -262,7 +262,8 @@ struct BackwardWalk {
         store_sums(sums, x.step[0].x, x.step[1].x, low + t);
     }
     // Sums over the channel's parts; the lower half of them ends with token t's, the upper with the next
-    // one's.
+    // one's. They take the place of what all parts have read of the pair by then: the sums that the shuffles
+    // bring depend on it. (racecheck warns here, since it does not count shuffles as barriers.)
     __device__ void store_sums(const float (&sums)[2][3], float dt, float next_dt, int t) {
         const bool upper = part >= S / 2;
         float v[3];

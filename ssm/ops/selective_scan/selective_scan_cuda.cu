@@ -13,7 +13,7 @@ struct ScanParams {
     bool softplus;
     Segments segments, first_chunk;  // first_chunk.first: of the sequences' chunks
     int64_t chunk, d_blocks;
-    const float* entering;  // [segments d n] when split, else the initial states [s d n]; or absent
+    Entering entering;
     View<T, 2> y;
     float* final_state;
     float* chunk_states;
@@ -244,8 +244,6 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     load_states(A, p.A.data + (d0 + channel) * (p.A.stride - n), d0 + channel, d, n, part);
 #pragma unroll
     for (int k = 0; k < K; ++k) A[k] *= kLog2E;
-    const int64_t row = p.segments.split ? span.index : span.sequence;
-    load_states(h, p.entering != nullptr ? p.entering + row * d * n : nullptr, d0 + channel, d, n, part);
     const bool aligned = p.chunk % kTile == 0;
     // The next chunk that begins, and after how many tokens.
     const int64_t before = span.begin - span.start, chunks = (before + p.chunk - 1) / p.chunk;
@@ -259,6 +257,7 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     };
     Incoming<T, K, S> x;
     if (span.begin < span.end) x.template load<kY>(p, span.begin, tokens(span.begin), channels);
+    enter<T, false>(h, p.entering, p.segments, span, A, d0 + channel, d, n, part);
     for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
         const int count = tokens(t0);
         m.template stage<kY>(x, count, n, bias, kWhole || p.softplus);
@@ -290,25 +289,6 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     }
     if (p.final_state != nullptr && span.last)
         store_states(p.final_state + span.sequence * d * n, h, d0 + channel, d, n, part);
-}
-
-template <bool kReverse>
-__global__ void __launch_bounds__(kThreads) Combine(const __grid_constant__ CombineParams p) {
-    const int64_t dn = p.d * p.n, i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= dn * p.segments.sequences.count) return;
-    const int64_t sequence = i / dn, j = i % dn, channel = j / p.n;
-    const float A = p.A[channel * p.a_stride + j % p.n] * kLog2E;
-    const int64_t low = p.segments.first.offset(sequence), high = p.segments.first.offset(sequence + 1);
-    float carry = p.start != nullptr ? p.start[i] : 0.0f;
-#pragma unroll 4
-    for (int64_t k = low; k < high; ++k) {
-        const int64_t segment = kReverse ? high - 1 - (k - low) : k;
-        const bool needed = k + 1 < high;  // the last one's end was not computed
-        const float end = needed ? p.ends[segment * dn + j] : 0.0f,
-                    sum = needed ? p.sums[segment * p.d + channel] : 0.0f;
-        p.ends[segment * dn + j] = carry;
-        carry = fmaf(exp2_fast(A * sum), carry, end);
-    }
 }
 
 // kLanes lanes share a channel of a sequence.
@@ -367,7 +347,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
     const size_t split = p.segments.split ? static_cast<size_t>(segments.count()) : 0;
     const Scratch<float> ends(ex, split * static_cast<size_t>(d * n)),
         sums(ex, split * static_cast<size_t>(d));
-    p.entering = in.initial_state.data;
+    p.entering = {in.initial_state.data, ends.data(), sums.data(), p.softplus};
     if (split > 0) {
         selective_scan_reach<T>(ex,
                                 {in.u,
@@ -384,10 +364,6 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
                                  ends.data(),
                                  sums.data()},
                                 false);
-        selective_scan_combine(
-            ex, {p.segments, in.initial_state.data, in.A.data, in.A.stride, d, n, ends.data(), sums.data()},
-            false);
-        p.entering = ends.data();
     }
     const bool whole = whole_tiles<K, S>(in.A, in.cu_seqlens) && p.paired && p.packed &&
                        in.z.data != nullptr && p.softplus &&
@@ -414,12 +390,6 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, const ScanParams
 }
 
 }  // namespace
-
-void selective_scan_combine(const Exec& ex, const CombineParams& p, bool reverse) {
-    const unsigned blocks = blocks_for(p.d * p.n * p.segments.sequences.count, kThreads);
-    (reverse ? Combine<true> : Combine<false>)<<<blocks, kThreads, 0, stream_of(ex)>>>(p);
-    check_launch("selective_scan");
-}
 
 int64_t selective_scan_want(const Exec& ex, const SelectiveScanOptions& options, int64_t blocks,
                             int64_t per_multiprocessor) {

@@ -92,22 +92,10 @@ private:
     SequencesOnDevice sequences_on_device_, first_on_device_;
 };
 
-// Local ends of the segments become what enters each: carry <- exp(A sum dt) carry + end. Forward in time or
-// back. ends: [segments d n], sums: [segments d], start: [s d n] or absent.
-struct CombineParams {
-    Segments segments;
-    const float* start;
-    const float* A;
-    int64_t a_stride, d, n;
-    float* ends;
-    const float* sums;
-};
-void selective_scan_combine(const Exec& ex, const CombineParams& p, bool reverse);
-
 // What a split in time needs first: forward, the state at the end of each segment but the last if it began
 // with zero; in reverse, the gradient of the state before each but the first if nothing came from later
 // tokens. And the sums of dt. Each is a sum over tokens of exp(A times between) w row: it begins at the end
-// asked for, and stops where the decay of every state of a warp's channels is below 2^-24.
+// asked for, and stops where all states of a block's channels have decayed to kNothing.
 template <class T>
 struct ReachParams {
     View<const T, 2> w, gate;  // u, which takes dt; in reverse grad_y, which takes silu(z) where there is one
@@ -120,8 +108,16 @@ struct ReachParams {
     float* ends;  // [segments d n]
     float* sums;  // [segments d]
 };
+// What enters a segment is such a sum again, over the segments before it (Entering).
 template <class T>
 void selective_scan_reach(const Exec& ex, const ReachParams<T>& p, bool reverse);
+
+// What enters the segments: of a split, from what Reach left; else `start`.
+struct Entering {
+    const float* start;        // the sequences' own, [s d n]; or absent
+    const float *ends, *sums;  // [segments d n], [segments d]
+    bool decays;               // dt >= 0
+};
 
 // Blocks worth asking for when time may be split, those that the chip holds at a time; 0 when it must not be
 // split.

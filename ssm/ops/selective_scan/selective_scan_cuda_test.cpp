@@ -29,7 +29,7 @@ struct Case {
     Flags flags = {};
     SelectiveScanOptions options = {};
     SelectiveScanSet set = {};
-    float slowest = -0.01f;  // A is below it
+    float slowest = -0.01f, fastest = -4.0f;  // A lies between
 };
 
 // The case's arguments on one device; the numbers depend on the case alone. Activations are rounded to
@@ -45,7 +45,7 @@ public:
         u_ = activations(c.d, -1, 1), z_ = activations(c.d, -3, 3);
         delta_ = softplus ? activations(c.d, -4, 1) : activations(c.d, 0.01f, 0.1f);
         B_ = rows(c.n, -1, 1), C_ = rows(c.n, -1, 1), grad_y_ = activations(c.d, -1, 1);
-        A_ = dense({c.d, c.n}, -4, c.slowest), D_ = dense({c.d}, -1, 1);
+        A_ = dense({c.d, c.n}, c.fastest, c.slowest), D_ = dense({c.d}, -1, 1);
         bias_ = softplus ? dense({c.d}, -1, 1) : dense({c.d}, 0, 0.02f);
         initial_ = dense({s_, c.d, c.n}, -1, 1), grad_final_ = dense({s_, c.d, c.n}, -1, 1);
     }
@@ -324,10 +324,35 @@ TEST(SelectiveScanCudaNumerics, HoldsForLongSequences) {
 
 // States decay to nothing inside of a segment: the passes before a split stop there.
 TYPED_TEST(SelectiveScanCuda, SegmentsLongerThanAStateReaches) {
-    check<TypeParam>({.d = 40,
-                      .lengths = {60000, 3000, 7},
-                      .options = {.time_parallel = TimeParallel::always},
-                      .slowest = -1.0f});
+    const SelectiveScanOptions split{.time_parallel = TimeParallel::always};
+    check<TypeParam>({.d = 40, .lengths = {60000, 3000, 7}, .options = split, .slowest = -1.0f});
+    // A few of them much later than the others: those passes go on with less and less.
+    for (const int64_t n : {3, 16, 64})
+        check<TypeParam>({.d = n > 16 ? 131 : 521,
+                          .n = n,
+                          .lengths = {9000, 500},
+                          .options = split,
+                          .slowest = -0.02f,
+                          .fastest = -60.0f});
+}
+
+// They do not: those passes read all of a segment, of a tile or of more tiles than a block takes at a time.
+TYPED_TEST(SelectiveScanCuda, SegmentsOfStatesThatHardlyDecay) {
+    const SelectiveScanOptions split{.time_parallel = TimeParallel::always};
+    for (const int64_t n : {5, 16, 64})
+        check<TypeParam>({.d = 40,
+                          .n = n,
+                          .lengths = {700, 0, 1500, 64},
+                          .pad = 1,
+                          .options = split,
+                          .slowest = -1e-5f,
+                          .fastest = -1e-3f});
+    for (const int64_t l : {2900, 4500, 6500})
+        check<TypeParam>({.d = 520, .lengths = {l}, .options = split, .slowest = -1e-5f, .fastest = -1e-3f});
+    check<TypeParam>({.d = 521, .lengths = {3000, 1400}, .options = split});
+    check<TypeParam>({.d = 260, .n = 64, .lengths = {1500}, .options = split});
+    check<TypeParam>(
+        {.d = 260, .n = 33, .lengths = {1500, 40}, .flags = {.softplus = false}, .options = split});
 }
 
 TEST(SelectiveScanCudaErrors, TooManyStates) {

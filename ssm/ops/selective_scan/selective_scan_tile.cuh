@@ -11,6 +11,12 @@ namespace ssm::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+// Exponent of two from which on a decay is taken for zero. What came before is then left out: at most that
+// part of the state it had made. In f32 it is what rounding takes from a state of that size at every token;
+// activations in bf16 have lost 2^-9 of themselves, and factors of a product by the tensor cores 2^-11.
+template <class T>
+constexpr float kNothing = sizeof(T) == 4 ? -24.0f : -16.0f;
+
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -156,6 +162,34 @@ __device__ inline void store_states(float* to, const float (&h)[K], int64_t chan
         const int64_t j = part * K + k;
         if (j < n) to[channel * n + j] = h[k];
     }
+}
+
+// What enters a segment: exp(A sum) end of each one before it (in reverse: after it), sum over the dt
+// between, from the nearest one on until they have decayed. A in units of log 2.
+template <class T, bool kReverse, int K>
+__device__ inline void enter(float (&h)[K], const Entering& from, const Segments& segments,
+                             const Segments::Span& span, const float (&A)[K], int64_t channel, int64_t d,
+                             int64_t n, int part) {
+    float sum = 0.0f;
+    const auto add = [&](const float* states, int64_t row) {
+        float x[K];
+        load_states(x, states + row * d * n, channel, d, n, part);
+#pragma unroll
+        for (int k = 0; k < K; ++k) h[k] = fmaf(exp2_fast(A[k] * sum), x[k], h[k]);
+    };
+#pragma unroll
+    for (int k = 0; k < K; ++k) h[k] = 0.0f;
+    const int64_t step = kReverse ? 1 : -1, stop = kReverse ? segments.first.offset(span.sequence + 1)
+                                                            : segments.first.offset(span.sequence) - 1;
+    for (int64_t i = span.index + step; i != stop; i += step) {
+        add(from.ends, i);
+        sum += channel < d ? from.sums[i * d + channel] : 0.0f;
+        bool decayed = from.decays;
+#pragma unroll
+        for (int k = 0; k < K; ++k) decayed = decayed && (part * K + k >= n || A[k] * sum < kNothing<T>);
+        if (decayed || channel >= d) return;
+    }
+    if (from.start != nullptr) add(from.start, span.sequence);
 }
 
 template <int K>
