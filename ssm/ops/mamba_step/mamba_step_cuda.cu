@@ -308,7 +308,7 @@ __device__ inline void make_steps(const P& p, int64_t c, int64_t s0, int count, 
 }
 
 template <class T, class W, class S, int n, int kSeqs>
-__global__ void __launch_bounds__(kManyThreads, 4) Many(const __grid_constant__ Params<T, W, S> p) {
+__global__ void __launch_bounds__(kManyThreads, 3) Many(const __grid_constant__ Params<T, W, S> p) {
     using Of = Tiling<S, n, kSeqs>;
     constexpr bool kProducts = sizeof(W) == 2;
     __shared__ Shared<S, n, kSeqs> shared;
