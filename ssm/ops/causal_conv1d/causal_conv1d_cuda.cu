@@ -131,37 +131,83 @@ __global__ void __launch_bounds__(kConvThreads) FinalState(const __grid_constant
     }
 }
 
-// k = kTaps: all that a thread reads is asked for at once. blockIdx.y is the sequence.
+// k = kTaps: all that a thread reads is asked for at once. blockIdx.y is the sequence, or S of them.
 constexpr int kStepThreads = 128;
 
-template <class T, int N>
+// Few sequences: a thread a channel.
+template <class T>
 __global__ void __launch_bounds__(kStepThreads) StepTaps(const __grid_constant__ StateParams<T> p) {
     allow_next();
     const int64_t d = p.in.d(), s = blockIdx.y;
-    const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) * N;
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
     if (channel >= d) return wait_for_inputs();
     T* state = p.state.data + (p.slots != nullptr ? p.slots[s] : s) * p.state.stride + channel;
+    const Pack<float, kTaps> weight = load_pack<kTaps>(p.in.weight.data + channel * kTaps);
+    float sum = p.in.bias.data != nullptr ? p.in.bias.data[channel] : 0.0f;
+    wait_for_inputs();
+    T rows[kTaps];
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j)
+        rows[j] = j < kTaps - 1 ? state[j * d] : p.in.x.data[s * p.in.x.stride + channel];
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) sum = fmaf(weight.at[j], to_float(rows[j]), sum);
+#pragma unroll
+    for (int j = 1; j < kTaps; ++j) state[(j - 1) * d] = rows[j];
+    p.y.data[s * p.y.stride + channel] = from_float<T>(activate(sum, p.in.silu));
+}
+
+// Many: S sequences a thread, N channels. The states' rows come to L2 while the kernel before still runs.
+template <class T, int N, int S>
+__global__ void __launch_bounds__(kStepThreads) StepMany(const __grid_constant__ StateParams<T> p) {
+    allow_next();
+    const int64_t d = p.in.d(), first = static_cast<int64_t>(blockIdx.y) * S;
+    const int64_t channel = (static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) * N;
+    if (channel >= d) return wait_for_inputs();
+    T* state[S];
+    const int left = static_cast<int>(p.in.x.shape[0] - first < S ? p.in.x.shape[0] - first : S);
+#pragma unroll
+    for (int s = 0; s < S; ++s) {
+        const int64_t at = first + (s < left ? s : 0);
+        state[s] = p.state.data + (p.slots != nullptr ? p.slots[at] : at) * p.state.stride + channel;
+    }
     Pack<float, kTaps> weight[N];
     Pack<float, N> bias = {};
 #pragma unroll
     for (int n = 0; n < N; ++n) weight[n] = load_pack<kTaps>(p.in.weight.data + (channel + n) * kTaps);
     if (p.in.bias.data != nullptr) bias = load_pack<N>(p.in.bias.data + channel);
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+#pragma unroll
+        for (int j = 0; j < kTaps - 1; ++j)
+            if (threadIdx.x % (128 / sizeof(T) / N) == 0) prefetch_l2(state[s] + j * d);
     wait_for_inputs();
-    Pack<float, N> rows[kTaps];
+    Raw<T, N> rows[S][kTaps];
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j)
-        rows[j] = load_floats<N>(j < kTaps - 1 ? state + j * d : p.in.x.data + s * p.in.x.stride + channel);
-    Pack<float, N> y;
+    for (int s = 0; s < S; ++s)
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-        float sum = bias.at[n];
+        for (int j = 0; j < kTaps; ++j)
+            if (s < left)
+                rows[s][j] = load_raw<N>(j < kTaps - 1 ? state[s] + j * d
+                                                       : p.in.x.data + (first + s) * p.in.x.stride + channel);
 #pragma unroll
-        for (int j = 0; j < kTaps; ++j) sum = fmaf(weight[n].at[j], rows[j].at[n], sum);
-        y.at[n] = activate(sum, p.in.silu);
+    for (int s = 0; s < S; ++s) {
+        if (s >= left) break;
+        Pack<float, N> y = bias;
+#pragma unroll
+        for (int j = 0; j < kTaps; ++j) {
+            const Pack<float, N> row = to_floats<T, N>(rows[s][j]);
+#pragma unroll
+            for (int n = 0; n < N; ++n) y.at[n] = fmaf(weight[n].at[j], row.at[n], y.at[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < N; ++n) y.at[n] = activate(y.at[n], p.in.silu);
+        store_floats(p.y.data + (first + s) * p.y.stride + channel, y);
     }
 #pragma unroll
-    for (int j = 1; j < kTaps; ++j) store_floats(state + (j - 1) * d, rows[j]);
-    store_floats(p.y.data + s * p.y.stride + channel, y);
+    for (int s = 0; s < S; ++s)
+#pragma unroll
+        for (int j = 1; j < kTaps; ++j)
+            if (s < left) *reinterpret_cast<Raw<T, N>*>(state[s] + (j - 1) * d) = rows[s][j];
 }
 
 template <class T, int N>
@@ -228,10 +274,11 @@ void causal_conv1d_step(const Exec& ex, const CausalConv1dInputs<T>& in, View<T,
     };
     if (in.weight.shape[1] == kTaps && s <= 65535 && packable(in.weight.data, in.weight.stride, kTaps) &&
         in.weight.stride == kTaps && (!in.bias || in.bias.stride == 1) && packable(in.bias.data, 0, kTaps)) {
-        constexpr int64_t kPack = 4;
-        const bool wide = packs_of(kPack) && s * d / kPack >= int64_t{256} * ex.cuda->multiprocessors();
-        const dim3 blocks(blocks_for(wide ? d / kPack : d, kStepThreads), static_cast<unsigned>(s));
-        const auto kernel = wide ? StepTaps<T, kPack> : StepTaps<T, 1>;
+        constexpr int kPack = 2, kSequences = 2;
+        const bool many = packs_of(kPack) && s * d >= int64_t{1024} * ex.cuda->multiprocessors();
+        const dim3 blocks(blocks_for(many ? d / kPack : d, kStepThreads),
+                          static_cast<unsigned>(many ? (s + kSequences - 1) / kSequences : s));
+        const auto kernel = many ? StepMany<T, kPack, kSequences> : StepTaps<T>;
         return launch_overlapped(ex, kOp, kernel, {blocks, kStepThreads}, p);
     }
     // Few channels: a thread each.

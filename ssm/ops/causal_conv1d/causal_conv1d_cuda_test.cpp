@@ -219,27 +219,32 @@ TEST(CausalConv1dCuda, GradientsAreReproducible) {
     }
 }
 
-// `steps` tokens of s sequences, by both devices.
+// Five tokens of s sequences, by both devices; with slots their states lie in a pool, the last first.
 template <class T>
-void check_steps(int64_t s, int64_t d, int64_t k, int64_t apart) {
-    SCOPED_TRACE(testing::Message() << "s " << s << " d " << d << " k " << k << " apart " << apart);
+void check_steps(int64_t s, int64_t d, int64_t k, int64_t apart, bool with_slots = false) {
+    SCOPED_TRACE(testing::Message() << "s " << s << " d " << d << " k " << k << " apart " << apart
+                                    << " slots " << with_slots);
     const auto weight = test::Random(3).vector(d * k), bias = test::Random(4).vector(d);
-    auto state = test::Random(2).vector<T>(s * (k - 1) * d);
-    const int64_t width = d + apart;
+    const int64_t width = d + apart, pool = with_slots ? s + 3 : s;
+    auto state = test::Random(2).vector<T>(pool * (k - 1) * d);
+    std::vector<int32_t> slots;
+    for (int64_t i = 0; with_slots && i < s; ++i) slots.push_back(static_cast<int32_t>(pool - 1 - i));
+    const Tensor slots_there = with_slots ? test::on_device(slots, {s}) : Tensor();
     const Tensor weight_there = test::on_device(weight, {d, k}), bias_there = test::on_device(bias, {d}),
-                 state_there = test::on_device(state, {s, k - 1, d});
+                 state_there = test::on_device(state, {pool, k - 1, d});
     for (uint64_t step = 0; step < 5; ++step) {
         const auto x = test::Random(10 + step).vector<T>(s * width);
         auto y = test::nan_vector<T>(s * width);
         const Tensor x_there = test::on_device(x, {s, width}), y_there = test::on_device(y, {s, width});
-        View<T, 3> state_here(state.data(), {s, k - 1, d});
+        View<T, 3> state_here(state.data(), {pool, k - 1, d});
         causal_conv1d_step<T>(make_cpu_exec(1),
                               {{x.data() + apart, {s, d}, width},
                                {weight.data(), {d, k}},
                                {bias.data(), {d}},
                                {},
                                {},
-                               Activation::silu},
+                               Activation::silu,
+                               with_slots ? Slots(slots.data(), {s}) : Slots()},
                               state_here, {y.data() + apart, {s, d}, width});
         causal_conv1d_step<T>(test::cuda_exec(),
                               {x_there.columns(apart, width).view<const T, 2>(),
@@ -247,7 +252,8 @@ void check_steps(int64_t s, int64_t d, int64_t k, int64_t apart) {
                                bias_there.view<const float, 1>(),
                                {},
                                {},
-                               Activation::silu},
+                               Activation::silu,
+                               slots_there.view_if<const int32_t, 1>()},
                               state_there.view<T, 3>(), y_there.columns(apart, width).view<T, 2>());
         test::expect_close(test::from_device<T>(y_there), test::to_double(y), sizeof(T) == 2 ? 4e-3 : 1e-6,
                            "y");
@@ -263,9 +269,18 @@ TEST(CausalConv1dCuda, StepsMatchCpu) {
                 check_steps<bf16>(s, 24, k, apart);
             }
             check_steps<float>(100, 1536, k, apart);
-            check_steps<bf16>(100, 1536, k, apart);
+            check_steps<bf16>(103, 1536, k, apart);
         }
     }
+}
+
+TEST(CausalConv1dCuda, StepsOfManySequencesMatchCpu) {
+    for (const int64_t s : {1, 7, 33, 128, 131})
+        for (const int64_t d : {1536, 4096})
+            for (const bool with_slots : {false, true}) {
+                check_steps<float>(s, d, 4, 0, with_slots);
+                check_steps<bf16>(s, d, 4, 2, with_slots);
+            }
 }
 
 }  // namespace

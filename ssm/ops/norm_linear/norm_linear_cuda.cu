@@ -202,7 +202,8 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
-    if (w16 && packs && (tiles(ex, p, x16) || split(ex, p, x16) || streamed(ex, p, x16))) return true;
+    if (w16 && packs && (small(ex, p, x16) || tiles(ex, p, x16) || split(ex, p, x16) || streamed(ex, p, x16)))
+        return true;
     if (t > kMostRows || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
         return false;
     if (x16 && w16) {

@@ -1,4 +1,4 @@
-// What the two kernels of norm_linear share: their parameters, and what a thread that holds the sum of a row
+// What the kernels of norm_linear share: their parameters, and what a thread that holds the sum of a row
 // of W and a row of x does with it. Included by .cu files only.
 #pragma once
 
@@ -46,8 +46,11 @@ struct Params {
     ConvParams conv;
 };
 
-// By tensor cores, for bf16 weights and up to 32 rows of x; false: it does not suit.
+// By tensor cores, for bf16 weights and up to 32 rows of x (small weights: 512); false: it does not suit.
 bool tiles(const Exec& ex, const Params& p, bool x_is_bf16);
+// The same with W and x straight to registers, for small bf16 weights and 33 to 512 rows of bf16 x, neither
+// norm nor gate.
+bool small(const Exec& ex, const Params& p, bool x_is_bf16);
 // By one round of small blocks, for small bf16 weights and up to 4 rows of x; false: it does not suit.
 bool split(const Exec& ex, const Params& p, bool x_is_bf16);
 // Through rings in shared memory, for large bf16 weights and up to 2 rows of x; false: it does not suit.

@@ -182,6 +182,22 @@ TEST(NormLinearCuda, SmallWeights) {
     }
 }
 
+// Of 33 rows of x and more: x_proj's.
+TEST(NormLinearCuda, SmallWeightsWithManyRows) {
+    for (const int64_t t : {33, 77, 128, 131, 300}) {
+        for (const auto& [o, i] : {std::pair<int64_t, int64_t>{80, 1536}, {160, 4096}, {5, 8192}})
+            for (const int64_t apart : {0, 8, 3}) {
+                const Case c{.t = t, .o = o, .i = i, .bias = false, .apart = apart};
+                expect_for_bf16_weights(c);
+                expect_like_the_cpu(c, DType::bf16, DType::bf16, DType::bf16);
+            }
+        expect_for_bf16_weights({.t = t, .o = 80, .i = 1536, .add = true});
+        for (const int64_t taps : {3, 4})
+            expect_for_bf16_weights(
+                {.t = t, .o = 90, .i = 1544, .taps = taps, .first = 7, .channels = 60, .slots = true});
+    }
+}
+
 TEST(NormLinearCuda, NormsAndGates) {
     for (const int64_t t : {1, 3, 8, 10, 40})
         for (const Gate gate : {Gate::none, Gate::before, Gate::after})
