@@ -23,12 +23,17 @@ __device__ inline void cluster_barrier() {
                      : "memory");
 }
 
-// *p of the block `rank`, p in shared memory.
-__device__ inline float load_from_rank(const float* p, int rank) {
-    uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(p)), there;
-    float x;
+// Where the block `rank` has what lies at p here, p in shared memory.
+__device__ inline uint32_t address_in_rank(const void* p, int rank) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+    uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    return there;
+}
+
+__device__ inline float load_from_rank(const float* p, int rank) {
+    float x;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address_in_rank(p, rank)) : "memory");
     return x;
 }
 

@@ -3,6 +3,7 @@
 // which x stays. The sums are reduced over the group by halving what each lane holds, in a fixed order.
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/products.cuh"
 #include "ssm/core/cuda/warp_sums.cuh"
 #include "ssm/ops/linear/linear_impl.h"
 
@@ -151,14 +152,6 @@ __device__ inline Bits load_x_bits(const X* p) {
     return b;
 }
 
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // The sums of a warp: its turns at runs of U x 32 columns of 16 rows.
 template <class X, int U>
 __device__ inline void multiply_runs(const bf16* upper, const bf16* lower, const X* x_row, int64_t columns,
@@ -180,8 +173,8 @@ __device__ inline void multiply_runs(const bf16* upper, const bf16* lower, const
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            multiply(c, a[u].at[0], b[u].at[0], a[u].at[1], b[u].at[1], x[u].at[0], x[u].at[1]);
-            multiply(c, a[u].at[2], b[u].at[2], a[u].at[3], b[u].at[3], x[u].at[2], x[u].at[3]);
+            multiply_bf16(c, a[u].at[0], b[u].at[0], a[u].at[1], b[u].at[1], x[u].at[0], x[u].at[1]);
+            multiply_bf16(c, a[u].at[2], b[u].at[2], a[u].at[3], b[u].at[3], x[u].at[2], x[u].at[3]);
         }
     }
 }

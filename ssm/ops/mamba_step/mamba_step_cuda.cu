@@ -4,6 +4,7 @@
 // bf16.
 #include "ssm/core/cuda/bulk.cuh"
 #include "ssm/core/cuda/launch.cuh"
+#include "ssm/core/cuda/products.cuh"
 #include "ssm/core/cuda/words.cuh"
 #include "ssm/ops/mamba_step/mamba_step_impl.h"
 
@@ -11,7 +12,6 @@ namespace ssm::cuda {
 namespace {
 
 constexpr std::string_view kOp = "mamba_step";
-constexpr float kLog2E = 1.4426950408889634f;
 
 // S: the states' type.
 template <class T, class W, class S>
@@ -31,12 +31,6 @@ struct Params {
 
     __device__ int64_t state_of(int64_t s) const { return (slots != nullptr ? slots[s] : s) * state.stride; }
 };
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 template <int G>
 __device__ inline float group_sum(float x) {
@@ -145,13 +139,6 @@ struct Shared {
 __device__ inline uint32_t both(float low, float high) {
     return static_cast<uint32_t>(from_float<bf16>(high).bits) << 16 | from_float<bf16>(low).bits;
 }
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // W_dt delta of a warp's 16 channels on the tensor cores; a lane's fragments are 8 neighbouring columns.
 template <class Of>
@@ -202,8 +189,9 @@ struct Products {
                         x = load_pack<kQuarter>(p.dbc.data + (s0 + s) * p.dbc.stride + column_of(u + k));
 #pragma unroll
                     for (int h = 0; h < 4; h += 2)
-                        multiply(c[i], high.at[h], low.at[h], high.at[h + 1], low.at[h + 1],
-                                 both(x.at[2 * h], x.at[2 * h + 1]), both(x.at[2 * h + 2], x.at[2 * h + 3]));
+                        multiply_bf16(c[i], high.at[h], low.at[h], high.at[h + 1], low.at[h + 1],
+                                      both(x.at[2 * h], x.at[2 * h + 1]),
+                                      both(x.at[2 * h + 2], x.at[2 * h + 3]));
                 }
             }
         }

@@ -7,17 +7,15 @@
 //            (end.conv: causal_conv1d.h, d channels, its state shifted in place)
 //
 // Source     the layers of Gu & Dao 2023 and Dao & Gu 2024, one token of each of t sequences.
-// Shapes     x, z: [t i]   norm_weight: [i] f32 or absent   weight: [o i]   bias: [o] f32 or absent   y: [t
-// o]
-//            Rows may be strided.
-// Types      weight f32: x f32. weight bf16: x f32 or bf16. y f32 or, with a bf16 weight, bf16; f32 where it
-// is
-//            added to. z has the weight's type, and x's. The convolution's state has y's type.
+// Shapes     x, z: [t i]   norm_weight: [i] f32 or absent   weight: [o i]   bias: [o] f32 or absent
+//            y: [t o]. Rows may be strided.
+// Types      weight f32: x f32. weight bf16: x f32 or bf16. y f32 or, with a bf16 weight, bf16; f32
+//            where it is added to. z has the weight's type, and x's. The convolution's state has y's type.
 // Numerics   f32 accumulation; v is rounded to the weight's type, before or after its division by the norm.
 //            rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
 // Cost       t small: bound by reading the weight once: floor = o i sizeof(weight) / bandwidth.
-// GPU        t <= 32 (512 if o i <= 160 4096) with a bf16 weight and at most one norm group, else t <= 8: one
-//            kernel, which fetches its weights while the kernel before it ends (so that one must not have
+// GPU        With a bf16 weight and at most one norm group t <= 32 (512 if o i <= 160 x 4096), else t <= 8:
+//            one kernel, which fetches its weights while the kernel before it ends (so that one must not have
 //            written them). Otherwise, and on the CPU, the operators one after another.
 #pragma once
 

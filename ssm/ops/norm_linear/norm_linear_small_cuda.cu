@@ -9,6 +9,7 @@
 // is one of 16 bytes.
 #include "ssm/core/cuda/bulk.cuh"
 #include "ssm/core/cuda/cluster.cuh"
+#include "ssm/core/cuda/products.cuh"
 #include "ssm/ops/norm_linear/norm_linear_cuda.cuh"
 
 namespace ssm::cuda::norm_linear_kernels {
@@ -28,18 +29,7 @@ __device__ inline void multiply(float (&c)[4], const Fragment& upper, const Frag
                                 const Fragment& x) {
 #pragma unroll
     for (int k = 0; k < 4; k += 2)
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-            "{%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(upper.at[k]), "r"(lower.at[k]), "r"(upper.at[k + 1]), "r"(lower.at[k + 1]), "r"(x.at[k]),
-              "r"(x.at[k + 1]));
-}
-
-// The same variable of the block `rank`.
-__device__ inline uint32_t address_in(const void* p, int rank) {
-    uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-    return there;
+        multiply_bf16(c, upper.at[k], lower.at[k], upper.at[k + 1], lower.at[k + 1], x.at[k], x.at[k + 1]);
 }
 
 // N: tiles of tokens of a block.
@@ -68,9 +58,9 @@ __device__ inline void send(Shared<N>& shared, int rank, int each) {
         const float* at = shared.ranks + (rank * each + token - to * each) * kRows + row;
         asm volatile(
             "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::
-                "r"(address_in(at, to)),
+                "r"(address_in_rank(at, to)),
             "r"(__float_as_uint(sum.x)), "r"(__float_as_uint(sum.y)), "r"(__float_as_uint(sum.z)),
-            "r"(__float_as_uint(sum.w)), "r"(address_in(&shared.there, to))
+            "r"(__float_as_uint(sum.w)), "r"(address_in_rank(&shared.there, to))
             : "memory");
     }
 }

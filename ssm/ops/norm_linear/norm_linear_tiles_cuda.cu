@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "ssm/core/cuda/cluster.cuh"
+#include "ssm/core/cuda/products.cuh"
 #include "ssm/ops/norm_linear/norm_linear_cuda.cuh"
 
 namespace ssm::cuda::norm_linear_kernels {
@@ -31,14 +32,6 @@ constexpr int64_t kMostGrouped = 512, kMostGroupedSize = 160 * 4096;
 struct alignas(16) Bits {
     uint32_t at[4];  // 8 of bf16
 };
-
-__device__ inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // The columns of a warp: `count` runs from run `begin` on; no warp has more than `most`.
 struct Columns {
@@ -153,8 +146,10 @@ struct Weights {
         for (int n = 0; n < NT; ++n) {
             Bits x = {};
             if (n * kTileTokens + lane / 4 < p.t) x = v[n * kWarp + lane];
-            multiply(c[n], upper[u].at[0], lower[u].at[0], upper[u].at[1], lower[u].at[1], x.at[0], x.at[1]);
-            multiply(c[n], upper[u].at[2], lower[u].at[2], upper[u].at[3], lower[u].at[3], x.at[2], x.at[3]);
+            multiply_bf16(c[n], upper[u].at[0], lower[u].at[0], upper[u].at[1], lower[u].at[1], x.at[0],
+                          x.at[1]);
+            multiply_bf16(c[n], upper[u].at[2], lower[u].at[2], upper[u].at[3], lower[u].at[3], x.at[2],
+                          x.at[3]);
         }
     }
 };

@@ -14,7 +14,7 @@
 //            memory: the state stays in registers and is never written per token.
 // GPU        n <= 64 (the step: any n). Deterministic always. In bf16 y, grad B and grad C sum terms of ten
 //            bits. A split in time takes decays below 2^-24 (bf16: 2^-16) for zero. Scratch of the backward
-//            pass: 2 t n d / 32 of T; it makes states again unless `chunk` is 32.
+//            pass: 2 t n d / 32 of T (n > 16: / 8); it makes states again unless `chunk` is 32.
 #pragma once
 
 #include "ssm/core/exec.h"

@@ -5,23 +5,18 @@
 #include <type_traits>
 
 #include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/products.cuh"
 #include "ssm/ops/selective_scan/selective_scan_cuda.cuh"
 
 namespace ssm::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // Exponent of two from which on a decay is taken for zero. What came before is then left out: at most that
 // part of the state it had made. In f32 it is what rounding takes from a state of that size at every token;
 // activations in bf16 have lost 2^-9 of themselves, and factors of a product by the tensor cores 2^-11.
 template <class T>
 constexpr float kNothing = sizeof(T) == 4 ? -24.0f : -16.0f;
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Two neighbours as they lie in memory: a conversion would wait for them.
 template <class T>
@@ -281,15 +276,10 @@ __device__ inline float2 two_channels(const float* v, int64_t channel, int64_t d
 template <class T, int K, int S>
 constexpr bool kTensor = sizeof(T) == 2 && K == 4 && S == 4;
 
-// Lane 4 g + c: a holds rows g and g + 8 of column c, b row c of column g; d rows g (two), g + 8 of columns 2
-// c, 2 c + 1. Columns c and c + 4 of a (a2, a3), rows c and c + 4 of b; added to d.
 __device__ inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
                                      float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
-          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+    multiply_tf32(d, __float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3),
+                  __float_as_uint(b0), __float_as_uint(b1));
 }
 
 }  // namespace ssm::cuda

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ssm/core/cuda/numbers.cuh"
+#include "ssm/core/cuda/products.cuh"
 
 namespace ssm::cuda {
 
@@ -132,13 +133,6 @@ __device__ inline void scale_columns(Left<bf16>& f, const float* w) {
     }
 }
 
-__device__ inline void multiply_tf32(float* sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // s += a b. The summed index may be taken in any order that both sides share: f32 takes 2c as c and 2c + 1 as
 // c + 4 of the instruction's eight.
 __device__ inline void multiply(Sum& s, const Left<float>& a, const Right<float>& b) {
@@ -153,20 +147,16 @@ __device__ inline void multiply(Sum& s, const Left<float>& a, const Right<float>
         for (int tile = 0; tile < 2; ++tile) {
             const float y0 = b.v[4 * tile + 2 * k], y1 = b.v[4 * tile + 2 * k + 1];
             const uint32_t yh[2] = {high(y0), high(y1)}, yl[2] = {low(y0), low(y1)};
-            multiply_tf32(s.v + 4 * tile, xl, yh);
-            multiply_tf32(s.v + 4 * tile, xh, yl);
-            multiply_tf32(s.v + 4 * tile, xh, yh);
+            multiply_tf32(s.v + 4 * tile, xl[0], xl[1], xl[2], xl[3], yh[0], yh[1]);
+            multiply_tf32(s.v + 4 * tile, xh[0], xh[1], xh[2], xh[3], yl[0], yl[1]);
+            multiply_tf32(s.v + 4 * tile, xh[0], xh[1], xh[2], xh[3], yh[0], yh[1]);
         }
     }
 }
 __device__ inline void multiply(Sum& s, const Left<bf16>& a, const Right<bf16>& b) {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
-        float* sum = s.v + 4 * tile;
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
-            "%9}, {%0, %1, %2, %3};"
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-            : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[2 * tile]), "r"(b.v[2 * tile + 1]));
+        multiply_bf16(s.v + 4 * tile, a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * tile], b.v[2 * tile + 1]);
     }
 }
 
