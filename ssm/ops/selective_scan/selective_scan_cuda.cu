@@ -18,7 +18,24 @@ struct ScanParams {
     float* final_state;
     float* chunk_states;
     bool paired, packed, packed_states;  // see Two, RowTile, store_states
+    unsigned blocks;
 };
+
+// Up to kGroups of the blocks of selective_scan_cuda.cuh are groups of one thread block, blockDim.y of them.
+// Equal blocks of a multiprocessor, each by itself, end one after another, the last of them on schedulers
+// that have little else to do; groups of one thread block end together (README.md, "Fair groups").
+template <int S>
+constexpr int kGroups = S <= 8 ? 4 : 2;
+
+// Its warps are of different threadIdx.y, so of every age, and each on a scheduler of its own.
+__device__ inline int group_of_warp() {
+    const unsigned turned = threadIdx.y + threadIdx.x / kWarp;
+    return __shfl_sync(kAllLanes, static_cast<int>(turned % blockDim.y), 0);  // one number to the compiler
+}
+// Waits for the group's threads.
+__device__ inline void group_sync(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+}
 
 template <class T, int K, int S>
 struct Incoming {
@@ -230,13 +247,21 @@ __device__ inline void finish(const ScanParams<T>& p, const Shared<T, K, S>& m, 
 
 // kWhole: every tile has kTile tokens and every block all channels, n is K S, nothing optional is absent,
 // rows are aligned and chunks are of whole tiles (run_scan). Then no pair is looked at before it is moved.
+// While a tile is walked its successor's inputs are on their way; they are staged in the other of two Shared
+// before the y of the walk are read, so that a group meets once a tile. Staged if there is a successor:
+// without that branch the compiler moves what uses the inputs up, to the head of the walk, which then waits
+// for them.
 template <class T, int K, int S, bool kY, bool kWhole>
-__global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_constant__ ScanParams<T> p) {
+__global__ void __launch_bounds__(kThreads* kGroups<S>, 1) Scan(const __grid_constant__ ScanParams<T> p) {
     constexpr int kChannels = Block<K, S>::kChannels;
-    __shared__ alignas(16) Shared<T, K, S> m;
+    extern __shared__ uint4 memory[];
+    const int group = group_of_warp();
+    Shared<T, K, S>* const m = reinterpret_cast<Shared<T, K, S>*>(memory) + 2 * group;
+    const unsigned block = blockIdx.x * blockDim.y + static_cast<unsigned>(group);
+    if (block >= p.blocks) return;
     const auto d_blocks = static_cast<unsigned>(p.d_blocks);
-    const auto span = p.segments.at(blockIdx.x / d_blocks);
-    const int64_t d = p.A.shape[0], n = kWhole ? K * S : p.A.shape[1], d0 = blockIdx.x % d_blocks * kChannels;
+    const auto span = p.segments.at(block / d_blocks);
+    const int64_t d = p.A.shape[0], n = kWhole ? K * S : p.A.shape[1], d0 = block % d_blocks * kChannels;
     const int channel = static_cast<int>(threadIdx.x) / S, part = static_cast<int>(threadIdx.x) % S;
     const float2 bias = two_channels(p.bias, d0 + Block<K, S>::channel(), d),
                  D = two_channels(p.D, d0 + Block<K, S>::channel(), d);
@@ -258,10 +283,14 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
     Incoming<T, K, S> x;
     if (span.begin < span.end) x.template load<kY>(p, span.begin, tokens(span.begin), channels);
     enter<T, false>(h, p.entering, p.segments, span, A, d0 + channel, d, n, part);
-    for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile) {
+    const auto stage = [&](Shared<T, K, S>& tile, int64_t t0) {
+        tile.template stage<kY>(x, tokens(t0), n, bias, kWhole || p.softplus);
+    };
+    if (span.begin < span.end) stage(m[0], span.begin);
+    group_sync(group);
+    int now = 0;
+    for (int64_t t0 = span.begin; t0 < span.end; t0 += kTile, now ^= 1) {
         const int count = tokens(t0);
-        m.template stage<kY>(x, count, n, bias, kWhole || p.softplus);
-        __syncthreads();
         const PairTile<T, K, S> u = x.u, z = x.z;
         const int64_t next = t0 + kTile < span.end ? t0 + kTile : t0;
         x.template load<kY>(p, next, tokens(next), channels);
@@ -280,12 +309,13 @@ __global__ void __launch_bounds__(kThreads, S <= 8 ? 4 : 2) Scan(const __grid_co
         };
         if (kWhole || aligned || p.chunk_states == nullptr) {
             if (p.chunk_states != nullptr) save(0, kTile);
-            walk_tile<T, kY>(m, channel, part, A, h);
+            walk_tile<T, kY>(m[now], channel, part, A, h);
         } else {
-            walk_tokens<T, kY>(m, channel, part, A, h, save);
+            walk_tokens<T, kY>(m[now], channel, part, A, h, save);
         }
-        __syncthreads();
-        if constexpr (kY) finish(p, m, u, z, t0, count, channels, D);
+        if (next != t0) stage(m[now ^ 1], next);
+        group_sync(group);
+        if constexpr (kY) finish(p, m[now], u, z, t0, count, channels, D);
     }
     if (p.final_state != nullptr && span.last)
         store_states(p.final_state + span.sequence * d * n, h, d0 + channel, d, n, part);
@@ -331,6 +361,20 @@ ScanParams<T> make_params(const SelectiveScanInputs<T>& in) {
     return p;
 }
 
+// As many groups a thread block as a multiprocessor gets blocks, up to kGroups; `bytes` of shared memory
+// each.
+template <int S, class T>
+void launch_groups(const Exec& ex, void (*kernel)(ScanParams<T>), const ScanParams<T>& p, size_t bytes) {
+    const auto multiprocessors = static_cast<unsigned>(ex.cuda->multiprocessors());
+    const unsigned groups =
+        std::clamp((p.blocks + multiprocessors - 1) / multiprocessors, 1u, 0u + kGroups<S>);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes * groups)),
+          "selective_scan");
+    kernel<<<(p.blocks + groups - 1) / groups, dim3(kThreads, groups), bytes * groups, stream_of(ex)>>>(p);
+    check_launch("selective_scan");
+}
+
 // Forward, whole: with y (kY) or the states alone.
 template <class T, bool kY, int K, int S>
 void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
@@ -343,7 +387,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
     const SequencesOnDevice first_chunk(ex, chunks);
     p.segments = segments.get();
     p.first_chunk.first = first_chunk.get();
-    const auto blocks = static_cast<unsigned>(segments.count() * p.d_blocks);
+    p.blocks = static_cast<unsigned>(segments.count() * p.d_blocks);
     const size_t split = p.segments.split ? static_cast<size_t>(segments.count()) : 0;
     const Scratch<float> ends(ex, split * static_cast<size_t>(d * n)),
         sums(ex, split * static_cast<size_t>(d));
@@ -370,8 +414,7 @@ void run_scan(const Exec& ex, const SelectiveScanInputs<T>& in, ScanParams<T> p,
                        (p.chunk_states == nullptr || (p.packed_states && p.chunk % kTile == 0));
     constexpr bool kWhole = kY && S == 4;
     auto* const kernel = whole ? Scan<T, K, S, kY, kWhole> : Scan<T, K, S, kY, false>;
-    kernel<<<blocks, kThreads, 0, stream_of(ex)>>>(p);
-    check_launch("selective_scan");
+    launch_groups<S>(ex, kernel, p, 2 * sizeof(Shared<T, K, S>));
 }
 
 // Few channels, and time must not be split: more threads for each.

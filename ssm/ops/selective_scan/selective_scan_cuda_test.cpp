@@ -316,6 +316,15 @@ TYPED_TEST(SelectiveScanCuda, WholeTilesOfWholeBlocks) {
                                   .set = {true, true, pad == 0, true, pad == 0}});
 }
 
+// More blocks than multiprocessors (132 on an H100): a thread block has groups of them, the last not all.
+TYPED_TEST(SelectiveScanCuda, SeveralBlocksForAMultiprocessor) {
+    for (const auto mode : {TimeParallel::never, TimeParallel::always})
+        for (const size_t sequences : {133, 265, 398})
+            check<TypeParam>({.d = 32,
+                              .lengths = std::vector<int64_t>(sequences, 64),
+                              .options = {.time_parallel = mode}});
+}
+
 // Thousands of tokens, split over time and not.
 TEST(SelectiveScanCudaNumerics, HoldsForLongSequences) {
     for (const auto mode : {TimeParallel::never, TimeParallel::always})
