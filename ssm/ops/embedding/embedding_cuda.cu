@@ -1,6 +1,8 @@
-// CUDA kernels of embedding. A warp moves a row by packs of 16 bytes; an id outside the table (which the
+// CUDA kernels of embedding. A thread moves a pack of 16 bytes of a row; an id outside the table (which the
 // CPU's front refuses, and which only the device sees here) gives a row of NaN.
 #include <cub/device/device_radix_sort.cuh>
+
+#include <algorithm>
 
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
@@ -20,18 +22,17 @@ struct ForwardParams {
 
 template <class W, class Y, int N>
 __global__ void __launch_bounds__(kThreads) Forward(const __grid_constant__ ForwardParams<W, Y> p) {
-    const int64_t t = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
-    if (t >= p.ids.shape[0]) return;
-    const int64_t e = p.weight.shape[1], id = p.ids.data[t * p.ids.stride];
+    const int64_t t = blockIdx.x, id = p.ids.data[t * p.ids.stride];
     const bool known = id >= 0 && id < p.weight.shape[0];
     const W* row = p.weight.data + (known ? id : 0) * p.weight.stride;
-    Y* out = p.y.data + t * p.y.stride;
-    for (int64_t j = threadIdx.x % kWarp * N; j < e; j += kWarp * N) {
+    const int64_t step = int64_t{gridDim.y} * blockDim.x * N;
+    for (int64_t j = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N; j < p.weight.shape[1];
+         j += step) {
         const Pack<W, N> w = load_pack<N>(row + j);
         Pack<Y, N> y;
 #pragma unroll
         for (int k = 0; k < N; ++k) y.at[k] = from_float<Y>(known ? to_float(w.at[k]) : nanf(""));
-        store_pack(out + j, y);
+        store_pack(p.y.data + t * p.y.stride + j, y);
     }
 }
 
@@ -139,13 +140,20 @@ template <class W, class Y>
 void embedding(const Exec& ex, View<const int32_t, 1> ids, View<const W, 2> weight, View<Y, 2> y) {
     if (ids.shape[0] == 0 || weight.shape[1] == 0) return;
     const ForwardParams<W, Y> p{ids, weight, y};
-    const unsigned blocks = blocks_for(ids.shape[0], kThreads / kWarp);
-    constexpr int64_t kPack = 16 / static_cast<int64_t>(sizeof(W) > sizeof(Y) ? sizeof(W) : sizeof(Y));
+    const auto launch = [&]<int N>() {
+        constexpr int64_t kMostParts = 16;  // of a row
+        const int64_t packs = (weight.shape[1] + N - 1) / N, warps = (packs + kWarp - 1) / kWarp;
+        const auto threads = static_cast<unsigned>(std::min<int64_t>(warps * kWarp, kThreads));
+        const dim3 blocks(static_cast<unsigned>(ids.shape[0]),
+                          static_cast<unsigned>(std::min((packs + threads - 1) / threads, kMostParts)));
+        Forward<W, Y, N><<<blocks, threads, 0, stream_of(ex)>>>(p);
+    };
+    constexpr int kPack = 16 / static_cast<int>(sizeof(W) > sizeof(Y) ? sizeof(W) : sizeof(Y));
     if (weight.shape[1] % kPack == 0 && packable(weight.data, weight.stride, kPack) &&
         packable(y.data, y.stride, kPack)) {
-        Forward<W, Y, kPack><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+        launch.template operator()<kPack>();
     } else {
-        Forward<W, Y, 1><<<blocks, kThreads, 0, stream_of(ex)>>>(p);
+        launch.template operator()<1>();
     }
     check_launch("embedding");
 }
