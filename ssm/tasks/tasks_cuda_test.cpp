@@ -26,22 +26,23 @@ std::unique_ptr<LanguageModel> model_of(const char* architecture, double louder)
     return model;
 }
 
-TEST(TasksCuda, AnswersAreTheCpus) {
+class TasksCudaOf : public ::testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Architectures, TasksCudaOf, ::testing::Values("mamba", "mamba2"));
+
+TEST_P(TasksCudaOf, AnswersAreTheCpus) {
     const Exec host = make_cpu_exec();
-    for (const char* architecture : {"mamba", "mamba2"}) {
-        const auto here = model_of(architecture, 1.5), there = model_of(architecture, 1.5);
-        there->move_to(cuda_exec());
-        for (const Task& task : tasks()) {
-            EvaluateTaskOptions o{.length = 300, .sequences = 40, .seed = 4};
-            const TaskAccuracy want = evaluate_task(host, *here, task, o);
-            for (const int64_t batch_tokens : {100, 300, 100000}) {
-                o.batch_tokens = batch_tokens;
-                const TaskAccuracy got = evaluate_task(cuda_exec(), *there, task, o);
-                EXPECT_EQ(got.answers, want.answers);
-                // A tie may fall to the other side.
-                EXPECT_NEAR(static_cast<double>(got.right), static_cast<double>(want.right), 2);
-                EXPECT_NEAR(got.nll, want.nll, 1e-3 * want.nll) << architecture << " " << task.name;
-            }
+    const auto here = model_of(GetParam(), 1.5), there = model_of(GetParam(), 1.5);
+    there->move_to(cuda_exec());
+    for (const Task& task : tasks()) {
+        EvaluateTaskOptions o{.length = 300, .sequences = 40, .seed = 4};
+        const TaskAccuracy want = evaluate_task(host, *here, task, o);
+        for (const int64_t batch_tokens : {100, 300, 100000}) {
+            o.batch_tokens = batch_tokens;
+            const TaskAccuracy got = evaluate_task(cuda_exec(), *there, task, o);
+            EXPECT_EQ(got.answers, want.answers);
+            // A tie may fall to the other side.
+            EXPECT_NEAR(static_cast<double>(got.right), static_cast<double>(want.right), 2);
+            EXPECT_NEAR(got.nll, want.nll, 1e-3 * want.nll) << task.name;
         }
     }
 }
