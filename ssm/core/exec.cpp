@@ -5,6 +5,7 @@
 #include "ssm/core/error.h"
 #include "ssm/core/graph.h"
 #include "ssm/core/machine.h"
+#include "ssm/core/prefetch.h"
 
 namespace ssm {
 
@@ -24,6 +25,8 @@ Graph Graph::capture(const Exec&, const std::function<void()>&) {
     fail(ErrorCode::unsupported, "graph", "this build has no CUDA");
 }
 void Graph::launch(const Exec&) const {}
+Prefetch::Prefetch(const Exec& ex) : ex_(ex) {}
+void Prefetch::bring(const Tensor&) const {}
 std::vector<Gpu> list_gpus(std::string& why) {
     why = "this build has no CUDA";
     return {};

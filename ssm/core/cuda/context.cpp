@@ -12,13 +12,16 @@ void check(cudaError_t status, std::string_view where) {
 Context::Context(int index) : index_(index) {
     check(cudaSetDevice(index), "device");
     check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, index), "device");
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "device");
+    check(cudaDeviceGetAttribute(&cache_bytes_, cudaDevAttrL2CacheSize, index), "device");
+    for (cudaStream_t* stream : {&stream_, &branch_})
+        check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "device");
     if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS)
         fail(ErrorCode::io, "device", "cuBLASLt does not start");
 }
 
 Context::~Context() {
     cublasLtDestroy(blas_);
+    cudaStreamDestroy(branch_);
     cudaStreamDestroy(stream_);
 }
 

@@ -30,14 +30,18 @@ public:
     cublasLtHandle_t blas() const { return blas_; }
     int multiprocessors() const { return multiprocessors_; }
     int index() const { return index_; }
+    int64_t cache_bytes() const { return cache_bytes_; }  // L2's
+    // A second stream, for branches of a graph under capture; whether this one has any yet.
+    cudaStream_t branch() const { return branch_; }
+    bool branched = false;
 
     // ops/linear's: how it runs the products it has met. Used under the mutex.
     std::mutex products_mutex;
     std::shared_ptr<void> products;
 
 private:
-    int index_ = 0, multiprocessors_ = 0;
-    cudaStream_t stream_ = nullptr;
+    int index_ = 0, multiprocessors_ = 0, cache_bytes_ = 0;
+    cudaStream_t stream_ = nullptr, branch_ = nullptr;
     cublasLtHandle_t blas_ = nullptr;
 };
 
@@ -60,6 +64,9 @@ protected:
 private:
     std::shared_ptr<Context> context_;
 };
+
+// Before the end of a capture: the stream waits for the branches. prefetch.cu.
+void join_branch(const Exec& ex);
 
 inline cudaStream_t stream_of(const Exec& ex) { return ex.cuda->stream(); }
 

@@ -3,7 +3,8 @@
 
 #include <numeric>
 
-#include "ssm/core/tensor.h"
+#include "ssm/core/graph.h"
+#include "ssm/core/prefetch.h"
 #include "tests/support/cuda.h"
 
 namespace ssm {
@@ -49,6 +50,45 @@ TEST(CudaTensor, BlocksAreReused) {
     const size_t before = ex.allocator->bytes_in_use();
     const Tensor held = Tensor::empty(ex, {1000});
     EXPECT_GE(ex.allocator->bytes_in_use(), before + 4000);
+}
+
+// Branches of a captured graph: joined at its end, whatever their size; results are those without them.
+TEST(Prefetch, LeavesResultsAlone) {
+    const Exec& ex = test::cuda_exec();
+    const Tensor a = counted({3, 5}).to(ex), b = Tensor::zeros(ex, {3, 5}), c = Tensor::zeros(ex, {3, 5});
+    const Tensor large = Tensor::zeros(ex, {40, 1 << 20}), odd = large.rows(0, 1).columns(0, 1021);
+    const auto work = [&](const Tensor& what) {
+        const Prefetch first(ex);
+        b.copy_from(a);
+        first.bring(what);
+        const Prefetch second(ex);
+        c.copy_from(b);
+        second.bring(large);
+    };
+    for (const Tensor& what : {large, odd, large.rows(0, 1).columns(0, 3), large.rows(0, 0)}) {
+        work(what);  // not in a capture
+        const Graph graph = Graph::capture(ex, [&] { work(what); });
+        for (int run = 0; run < 3; ++run) {
+            b.fill_zero();
+            c.fill_zero();
+            graph.launch(ex);
+            EXPECT_EQ(values(c), values(a));
+        }
+    }
+}
+
+TEST(Prefetch, ABranchOfAFailedCaptureIsForgotten) {
+    const Exec& ex = test::cuda_exec();
+    const Tensor a = counted({3, 5}).to(ex), b = Tensor::zeros(ex, {3, 5});
+    const auto work = [&](bool fails) {
+        const Prefetch prefetch(ex);
+        b.copy_from(a);
+        prefetch.bring(a);
+        if (fails) fail(ErrorCode::unsupported, "work", "stops");
+    };
+    EXPECT_THROW(Graph::capture(ex, [&] { work(true); }), Error);
+    Graph::capture(ex, [&] { work(false); }).launch(ex);
+    EXPECT_EQ(values(b), values(a));
 }
 
 TEST(CudaErrors, SayWhatIsWrong) {

@@ -31,7 +31,9 @@ cudaGraph_t record(const Exec& ex, const std::function<void()>& work) {
     cudaGraph_t graph = nullptr;
     try {
         work();
+        cuda::join_branch(ex);
     } catch (...) {
+        ex.cuda->branched = false;
         cudaStreamEndCapture(stream, &graph);
         if (graph != nullptr) cudaGraphDestroy(graph);
         cudaGetLastError();
