@@ -34,6 +34,7 @@ struct MambaStepInputs {
     View<const float, 1> D = {};        // [d] or absent
     std::optional<float> norm_eps = {};
     Slots slots = {};  // [t], rows of `state`, or absent
+    Tensor next = {};  // a weight that will be read next, or absent: a GPU brings it to L2 meanwhile (t > 4)
 };
 
 void mamba_step(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y);

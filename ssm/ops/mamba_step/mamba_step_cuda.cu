@@ -1,8 +1,7 @@
 // CUDA kernels of mamba_step. Few sequences: 16 lanes take a channel of one; each holds a part of the row of
-// W_dt and every 16th state. Many: a block takes 64 channels (n 16) of 4 to 16 sequences; the copy unit
-// brings the states to shared memory while the block makes the step sizes, by the tensor cores where W_dt is
-// bf16.
-#include "ssm/core/cuda/bulk.cuh"
+// W_dt and every 16th state. Many: a warp takes 16 channels of up to 8 sequences, without a barrier; their
+// states come to shared memory while it makes the step sizes, by the tensor cores where W_dt is bf16.
+#include "ssm/core/cuda/async_copies.cuh"
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/products.cuh"
 #include "ssm/core/cuda/words.cuh"
@@ -28,6 +27,8 @@ struct Params {
     int r;
     bool normed;
     float eps;
+    const std::byte* next;  // to be brought to L2, or absent
+    int64_t next_bytes;
 
     __device__ int64_t state_of(int64_t s) const { return (slots != nullptr ? slots[s] : s) * state.stride; }
 };
@@ -106,101 +107,60 @@ __global__ void __launch_bounds__(kFewThreads) Few(const __grid_constant__ Param
 
 // ---- Many sequences: n 16 or 32 ----
 
-constexpr int kManyThreads = 256, kManyWarps = kManyThreads / kWarp;
-constexpr int kTile = 16, kTokens = 8, kRun = 32, kQuarter = 8;  // of an m16n8k16 product, as in norm_linear
+constexpr int kManyWarps = 4;             // of a block at most: each works alone
+constexpr int kChannels = 16, kSeqs = 8;  // of a warp: rows and columns of m16n8k16 products
+constexpr int kRun = 32, kQuarter = 8 /* of a lane */, kHeld = 4 /* runs in registers */;
 
-// What a block works on: kChannels of kSeqs sequences. L lanes take a channel's n states, 16 bytes each; all
-// threads together, one after another, kRows rows of n.
-template <class S, int n, int kSeqs>
-struct Tiling {
-    static constexpr int kChannels = 1024 / n, kStates = 16 / sizeof(S), L = n / kStates,
-                         kRows = kManyThreads / L, kSeqsAtOnce = kRows / kChannels,
-                         kPasses = kSeqs / kSeqsAtOnce;
-    // Step sizes: tiles of 8 sequences; warps with the same channels share W_dt's columns.
-    static constexpr int kTiles = (kSeqs + kTokens - 1) / kTokens, kParts = kManyWarps * kTile / kChannels;
-    // Pairs of channel and sequence that a thread makes the step size of, and finishes.
-    static constexpr int kSeqsOfPairs = kManyThreads / kChannels,
-                         kPairs = (kSeqs + kSeqsOfPairs - 1) / kSeqsOfPairs;
-    static_assert(kSeqsAtOnce >= 1 && kPasses >= 1 && kParts >= 2 && kPasses * kSeqsAtOnce == kSeqs);
-};
-
-template <class S, int n, int kSeqs>
+// Of a warp. L lanes take a channel's n states, 16 bytes each; the warp kAtOnce channels at once.
+template <class S, int n>
 struct Shared {
-    using Of = Tiling<S, n, kSeqs>;
-    alignas(128) uint4 states[kSeqs][Of::kChannels * Of::L];
+    static constexpr int kStates = 16 / sizeof(S), L = n / kStates, kAtOnce = kWarp / L,
+                         kParts = kChannels / kAtOnce;
+    alignas(128) uint4 states[kSeqs][kParts][kWarp];
     alignas(16) float B_C[kSeqs][2 * n];
-    // The products' parts; then part 0 is dt and part 1 dt x, and then y's sum. Padded: no bank conflicts.
-    float dots[Of::kParts][Of::kTiles * kTokens][Of::kChannels + 4];
-    float rstd[kSeqs][3];
-    int64_t rows[kSeqs];  // the sequences' states: offsets, so that their address is known to be global
-    uint64_t arrived;
+    alignas(16) float2 steps[kSeqs][kChannels + 2];  // dt, dt x. Padded: no bank conflicts
+    alignas(16) float sums[kSeqs][kChannels + 4];    // y's
 };
 
-__device__ inline uint32_t both(float low, float high) {
-    return static_cast<uint32_t>(from_float<bf16>(high).bits) << 16 | from_float<bf16>(low).bits;
-}
+// The rows of W_dt of a lane 4 g + q, channels 2 g and 2 g + 1 (rows g and g + 8 of the product), and the
+// deltas of sequence g: of quarter q of each run of 32 columns, so that a fragment is one load.
+struct Fragments {
+    Words<bf16, kQuarter> even[kHeld], odd[kHeld];
+    Pack<float, kQuarter> deltas[kHeld];
 
-// W_dt delta of a warp's 16 channels on the tensor cores; a lane's fragments are 8 neighbouring columns.
-template <class Of>
-struct Products {
-    static constexpr int kHeld = 2;
-    Words<bf16, kQuarter> upper[kHeld], lower[kHeld];  // the first runs of 32 columns
-    const bf16 *upper_row, *lower_row;
+    __device__ static int column_of(int u) { return u * kRun + static_cast<int>(threadIdx.x) % 4 * kQuarter; }
 
-    __device__ static int run_of(int u) {
-        return static_cast<int>(threadIdx.x) / kWarp * kTile / Of::kChannels + u * Of::kParts;
-    }
-    __device__ static int column_of(int u) { return run_of(u) * kRun + threadIdx.x % 4 * kQuarter; }
-
-    template <class P>
-    __device__ void fetch(const P& p, int64_t first) {
-        const int64_t last = p.A.shape[0] - 1,
-                      c = first + threadIdx.x / kWarp * kTile % Of::kChannels + threadIdx.x % kWarp / 4;
-        upper_row = p.weight + min(c, last) * p.weight_stride;
-        lower_row = p.weight + min(c + 8, last) * p.weight_stride;
+    __device__ void fetch_weight(const bf16* row, int64_t stride, int u, int r) {
 #pragma unroll
-        for (int u = 0; u < kHeld; ++u) load(u, p.r, upper[u], lower[u]);
-    }
-    __device__ void load(int u, int r, Words<bf16, kQuarter>& high, Words<bf16, kQuarter>& low) const {
-        high = low = {};
-        if (column_of(u) >= r) return;
-        high = load_words<kQuarter>(upper_row + column_of(u));
-        low = load_words<kQuarter>(lower_row + column_of(u));
-    }
-    // `count` sequences from s0 on, to dots[part][sequence][channel].
-    template <class P, class D>
-    __device__ void run(const P& p, int64_t s0, int count, D& dots) const {
-        const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4, warp = threadIdx.x / kWarp;
-        float c[Of::kTiles][4] = {};
-        for (int u = 0; run_of(u) * kRun < p.r; u += kHeld) {
-#pragma unroll
-            for (int k = 0; k < kHeld; ++k) {
-                Words<bf16, kQuarter> high, low;
-                if (u == 0) {
-                    high = upper[k], low = lower[k];
-                } else {
-                    load(u + k, p.r, high, low);
-                }
-#pragma unroll
-                for (int i = 0; i < Of::kTiles; ++i) {
-                    Pack<float, kQuarter> x = {};
-                    const int s = i * kTokens + g;
-                    if (s < count && column_of(u + k) < p.r)
-                        x = load_pack<kQuarter>(p.dbc.data + (s0 + s) * p.dbc.stride + column_of(u + k));
-#pragma unroll
-                    for (int h = 0; h < 4; h += 2)
-                        multiply_bf16(c[i], high.at[h], low.at[h], high.at[h + 1], low.at[h + 1],
-                                      both(x.at[2 * h], x.at[2 * h + 1]),
-                                      both(x.at[2 * h + 2], x.at[2 * h + 3]));
-                }
-            }
+        for (int k = 0; k < kHeld; ++k) {
+            even[k] = odd[k] = {};
+            if (column_of(u + k) >= r) continue;
+            even[k] = load_words<kQuarter>(row + column_of(u + k));
+            odd[k] = load_words<kQuarter>(row + stride + column_of(u + k));
         }
-        const int row = warp * kTile % Of::kChannels + g;
-        auto& to = dots[warp * kTile / Of::kChannels];
+    }
+    // row: absent where there is no sequence g.
+    __device__ void fetch_deltas(const float* row, int u, int r) {
 #pragma unroll
-        for (int i = 0; i < Of::kTiles; ++i)
+        for (int k = 0; k < kHeld; ++k) {
+            deltas[k] = {};
+            if (row != nullptr && column_of(u + k) < r)
+                deltas[k] = load_pack<kQuarter>(row + column_of(u + k));
+        }
+    }
+    __device__ static uint32_t both(float low, float high) {
+        return static_cast<uint32_t>(from_float<bf16>(high).bits) << 16 | from_float<bf16>(low).bits;
+    }
+    __device__ void multiply(float (&c)[4], int u, int r) const {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) to[i * kTokens + 2 * q + k % 2][row + k / 2 * 8] = c[i][k];
+        for (int k = 0; k < kHeld; ++k) {
+            if ((u + k) * kRun >= r) break;
+            const auto& x = deltas[k].at;
+#pragma unroll
+            for (int h = 0; h < 4; h += 2)
+                multiply_bf16(c, even[k].at[h], odd[k].at[h], even[k].at[h + 1], odd[k].at[h + 1],
+                              both(x[2 * h], x[2 * h + 1]), both(x[2 * h + 2], x[2 * h + 3]));
+        }
     }
 };
 
@@ -218,147 +178,233 @@ __device__ inline float dot_of(const P& p, int64_t c, int64_t s) {
     return dot;
 }
 
-// B and C of the block's sequences; 1 / rms of delta, B and C: a warp norms a sequence.
-template <class P, int n, int kSeqs>
-__device__ inline void load_B_C(const P& p, int64_t s0, int count, float (&B_C)[kSeqs][2 * n],
-                                float (&rstd)[kSeqs][3]) {
-    for (int i = static_cast<int>(threadIdx.x); i < count * 2 * n; i += kManyThreads)
-        B_C[i / (2 * n)][i % (2 * n)] = p.dbc.data[(s0 + i / (2 * n)) * p.dbc.stride + p.r + i % (2 * n)];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    for (int s = warp; s < kSeqs; s += kManyWarps) {
-        const float* row = p.dbc.data + (s0 + min(s, count - 1)) * p.dbc.stride;
+// 1 / rms of count numbers, over 4 lanes.
+__device__ inline float quad_rstd(const float* v, int count, float eps) {
+    float sum = 0.0f;
+    for (int j = static_cast<int>(threadIdx.x) % 4; j < count; j += 4) sum = fmaf(v[j], v[j], sum);
+    return rsqrtf(group_sum<4>(sum) / static_cast<float>(count) + eps);
+}
+
+// B and C of the warp's sequences divided by their norms; those of delta, for the sequences of the lane's
+// sums.
+template <class P, int n>
+__device__ inline void norm_B_C(const P& p, int64_t s0, int count, float (&B_C)[kSeqs][2 * n],
+                                float (&rstd)[2]) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4, s = min(g, count - 1);
+    const float of_delta = quad_rstd(p.dbc.data + (s0 + s) * p.dbc.stride, p.r, p.eps),
+                of_B = quad_rstd(B_C[s], n, p.eps), of_C = quad_rstd(B_C[s] + n, n, p.eps);
 #pragma unroll
-        for (int part = 0; part < 3; ++part) {
-            float scale = 1.0f;
-            if (p.normed) {
-                const int begin = part == 0 ? 0 : p.r + (part - 1) * n, size = part == 0 ? p.r : n;
-                float sum = 0.0f;
-                for (int j = lane; j < size; j += kWarp) sum = fmaf(row[begin + j], row[begin + j], sum);
-                scale = rsqrtf(warp_sum(sum) / static_cast<float>(size) + p.eps);
+    for (int j = 0; j < 2; ++j) rstd[j] = __shfl_sync(kAllLanes, of_delta, 4 * (2 * q + j));
+    __syncwarp();
+    if (g >= count) return;
+    for (int j = q; j < n; j += 4) B_C[s][j] *= of_B, B_C[s][n + j] *= of_C;
+}
+
+// The block's share of the weight that is read next. Asked for when states have come, so that it does not
+// stand before them: while the block works on, the memory does.
+template <class P>
+__device__ inline void bring_next(const P& p) {
+    const int64_t share = (p.next_bytes / gridDim.x + 15) / 16 * 16, left = p.next_bytes - blockIdx.x * share;
+    if (left > 0) prefetch_l2(p.next + blockIdx.x * share, static_cast<uint32_t>(min(share, left)));
+}
+
+// h and y's sums of the warp's states, from shared memory. `row`: where the states of
+// sequence `lane` are.
+template <class P, class S, int n>
+__device__ inline void advance(const P& p, int64_t row, int64_t first, int count,
+                               const float (&A)[Shared<S, n>::kParts][Shared<S, n>::kStates],
+                               Shared<S, n>& own) {
+    using U = Shared<S, n>;
+    constexpr int W = U::kStates;
+    const int lane = threadIdx.x % kWarp, column = lane % U::L * W;
+#pragma unroll 4
+    for (int s = 0; s < kSeqs; ++s) {
+        if (s >= count) break;
+        S* to = p.state.data + __shfl_sync(kAllLanes, row, s) + lane * W;
+        const Pack<float, W> B = load_pack<W>(&own.B_C[s][column]), C = load_pack<W>(&own.B_C[s][n + column]);
+#pragma unroll
+        for (int part = 0; part < U::kParts; ++part) {
+            const int channel = part * U::kAtOnce + lane / U::L;
+            const auto held = load_words<W>(reinterpret_cast<const S*>(&own.states[s][part][lane]));
+            const float2 step = own.steps[s][channel];
+            float next[W], sum = 0.0f;
+#pragma unroll
+            for (int k = 0; k < W; ++k) {
+                next[k] = fmaf(exp2_fast(step.x * A[part][k]), held[k], step.y * B.at[k]);
+                sum = fmaf(C.at[k], next[k], sum);
             }
-            if (lane == 0) rstd[s][part] = scale;
+            if (first + channel < p.A.shape[0]) store_words<W>(to + part * kWarp * W, to_words<S>(next));
+            sum = group_sum<U::L>(sum);
+            if (lane % U::L == 0) own.sums[s][channel] = sum;
         }
     }
 }
 
-// h and y of the block's states, once dt and dt x are there: y's sums take the place of dt x.
-template <class P, class S, int n, int kSeqs>
-__device__ inline void advance(const P& p, int64_t first, int count, const float (&A)[16 / sizeof(S)],
-                               Shared<S, n, kSeqs>& shared) {
-    using Of = Tiling<S, n, kSeqs>;
-    constexpr int W = Of::kStates;
-    const int part = static_cast<int>(threadIdx.x) % Of::L, row = static_cast<int>(threadIdx.x) / Of::L,
-              channel = row % Of::kChannels;
-    const bool mine = first + channel < p.A.shape[0];
-    const int64_t at = (first + channel) * n + part * W;
+// What a lane has of its channels: A of those that it advances, the rest of those that it makes steps and y
+// of.
+template <class S, int n>
+struct Constants {
+    using U = Shared<S, n>;
+    float A[U::kParts][U::kStates];  // times log2 e
+    float bias[2], skip[2];
+
+    template <class P>
+    __device__ Constants(const P& p, int64_t first, int64_t c) {
+        const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int j = 0; j < Of::kPasses; ++j) {
-        const int s = j * Of::kSeqsAtOnce + row / Of::kChannels;  // the same for a warp
+        for (int part = 0; part < U::kParts; ++part) {
+            const int64_t channel = min(first + part * U::kAtOnce + lane / U::L, p.A.shape[0] - 1);
+            const auto words =
+                load_words<U::kStates>(p.A.data + channel * p.A.stride + lane % U::L * U::kStates);
+#pragma unroll
+            for (int k = 0; k < U::kStates; ++k) A[part][k] = words[k] * kLog2E;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            bias[h] = p.bias != nullptr ? p.bias[c + h] : 0.0f;
+            skip[h] = p.D != nullptr ? p.D[c + h] : 0.0f;
+        }
+    }
+};
+
+template <class P, class S, int n>
+__device__ inline void copy_B_C(const P& p, int64_t s0, int count, Shared<S, n>& own) {
+    constexpr int kPacks = 2 * n / 4;
+    for (int i = threadIdx.x % kWarp; i < count * kPacks; i += kWarp)
+        copy16(&own.B_C[i / kPacks][i % kPacks * 4],
+               p.dbc.data + (s0 + i / kPacks) * p.dbc.stride + p.r + i % kPacks * 4);
+    commit_copies();
+}
+
+template <class P, class S, int n>
+__device__ inline void copy_states(const P& p, int64_t row, int64_t first, int count, Shared<S, n>& own) {
+    using U = Shared<S, n>;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int s = 0; s < kSeqs; ++s) {
         if (s >= count) break;
-        const auto held =
-            load_words<W>(reinterpret_cast<const S*>(&shared.states[s][channel * Of::L + part]));
-        const float step = shared.dots[0][s][channel], input = shared.dots[1][s][channel];
-        const Pack<float, W> B = load_pack<W>(&shared.B_C[s][part * W]),
-                             C = load_pack<W>(&shared.B_C[s][n + part * W]);
-        float next[W], sum = 0.0f;
+        const S* from = p.state.data + __shfl_sync(kAllLanes, row, s) + lane * U::kStates;
 #pragma unroll
-        for (int k = 0; k < W; ++k) {
-            next[k] = fmaf(exp2_fast(step * A[k]), held[k], input * B.at[k]);
-            sum = fmaf(C.at[k], next[k], sum);
-        }
-        if (mine) store_words<W>(p.state.data + shared.rows[s] + at, to_words<S>(next));
-        sum = group_sum<Of::L>(sum * shared.rstd[s][2]);
-        if (part == 0) shared.dots[1][s][channel] = sum;
+        for (int part = 0; part < U::kParts; ++part)
+            if (first + part * U::kAtOnce + lane / U::L < p.A.shape[0])
+                copy16(&own.states[s][part][lane], from + part * kWarp * U::kStates);
+    }
+    commit_copies();
+}
+
+// dt and dt x. Lane 4 g + q has W_dt delta of channels 2 g (0, 1) and 2 g + 1 (2, 3) of sequences 2 q, 2 q
+// + 1.
+template <class T, class S, int n>
+__device__ inline void put_steps(const float (&dots)[4], const float (&rstd)[2], const float (&bias)[2],
+                                 const Words<T, 2> (&x)[2], Shared<S, n>& own) {
+    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        float4 steps;
+        steps.x = softplus(fmaf(dots[j], rstd[j], bias[0]));
+        steps.y = steps.x * x[j][0];
+        steps.z = softplus(fmaf(dots[2 + j], rstd[j], bias[1]));
+        steps.w = steps.z * x[j][1];
+        *reinterpret_cast<float4*>(&own.steps[2 * q + j][2 * g]) = steps;
     }
 }
 
-// The step sizes of the thread's pairs to dots[0], times x to dots[1].
-template <bool kProducts, class P, class S, int n, int kSeqs, int kPairs>
-__device__ inline void make_steps(const P& p, int64_t c, int64_t s0, int count, const float (&x)[kPairs],
-                                  float bias, Shared<S, n, kSeqs>& shared) {
-    using Of = Tiling<S, n, kSeqs>;
-    const int channel = static_cast<int>(threadIdx.x) % Of::kChannels;
+// Of the channels and sequences as in put_steps.
+template <class P, class T, class S, int n>
+__device__ inline void put_y(const P& p, int64_t s0, int64_t c, int count, const float (&skip)[2],
+                             const Words<T, 2> (&x)[2], const Words<T, 2> (&z)[2], const Shared<S, n>& own) {
+    const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
 #pragma unroll
-    for (int e = 0; e < kPairs; ++e) {
-        const int s = static_cast<int>(threadIdx.x) / Of::kChannels + e * Of::kSeqsOfPairs;
-        if (s >= count) break;
-        float dot = 0.0f;
-        if constexpr (kProducts) {
-#pragma unroll
-            for (int k = 0; k < Of::kParts; ++k) dot += shared.dots[k][s][channel];
-        } else {
-            dot = dot_of(p, c, s0 + s);
-        }
-        const float dt = softplus(fmaf(dot, shared.rstd[s][0], bias));
-        shared.dots[0][s][channel] = dt;
-        shared.dots[1][s][channel] = dt * x[e] * shared.rstd[s][1];
+    for (int j = 0; j < 2; ++j) {
+        const int s = 2 * q + j;
+        if (s >= count) continue;
+        const float2 sums = *reinterpret_cast<const float2*>(&own.sums[s][2 * g]);
+        Pack<T, 2> y;
+        y.at[0] = from_float<T>(fmaf(skip[0], x[j][0], sums.x) * silu(z[j][0]));
+        y.at[1] = from_float<T>(fmaf(skip[1], x[j][1], sums.y) * silu(z[j][1]));
+        store_pack(p.y.data + (s0 + s) * p.y.stride + c, y);
     }
 }
 
-template <class T, class W, class S, int n, int kSeqs>
-__global__ void __launch_bounds__(kManyThreads, 3) Many(const __grid_constant__ Params<T, W, S> p) {
-    using Of = Tiling<S, n, kSeqs>;
+template <class T, class W, class S, int n>
+__global__ void __launch_bounds__(kManyWarps* kWarp, 4)
+    Many(const __grid_constant__ Params<T, W, S> p, const int seqs) {
+    using U = Shared<S, n>;
     constexpr bool kProducts = sizeof(W) == 2;
-    __shared__ Shared<S, n, kSeqs> shared;
+    extern __shared__ __align__(128) unsigned char memory[];
+    U& own = reinterpret_cast<U*>(memory)[threadIdx.x / kWarp];
     allow_next();
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t d = p.A.shape[0], first = static_cast<int64_t>(blockIdx.x) * Of::kChannels,
-                  s0 = static_cast<int64_t>(blockIdx.y) * kSeqs;
-    const int count = static_cast<int>(min(p.x.shape[0] - s0, int64_t{kSeqs}));
-    const auto bytes = static_cast<uint32_t>(min(d - first, int64_t{Of::kChannels}) * n * sizeof(S));
-    S* row = nullptr;
-    if (thread < count) {
-        const int64_t at = p.state_of(s0 + thread);
-        shared.rows[thread] = at;
-        row = p.state.data + at + first * n;
-        prefetch_l2(row, bytes);
-    }
-    if (thread == 0) init_barrier(&shared.arrived, count);
-    float A[Of::kStates];
-    const int64_t c_of_A = min(first + thread / Of::L % Of::kChannels, d - 1),
-                  c = min(first + thread % Of::kChannels, d - 1);
-    const auto A_words =
-        load_words<Of::kStates>(p.A.data + c_of_A * p.A.stride + thread % Of::L * Of::kStates);
-#pragma unroll
-    for (int k = 0; k < Of::kStates; ++k) A[k] = A_words[k] * kLog2E;
-    const float skip = p.D != nullptr ? p.D[c] : 0.0f, bias = p.bias != nullptr ? p.bias[c] : 0.0f;
-    Products<Of> products;
-    if constexpr (kProducts) products.fetch(p, first);
-    __syncthreads();
+    const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
+    const int64_t d = p.A.shape[0], groups = (d + kChannels - 1) / kChannels,
+                  unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp,
+                  first = unit % groups * kChannels, s0 = unit / groups * seqs, c = min(first + 2 * g, d - 2);
+    if (s0 >= p.x.shape[0]) return wait_for_inputs();
+    const int count = static_cast<int>(min(p.x.shape[0] - s0, static_cast<int64_t>(seqs)));
+    const int64_t row = p.state_of(s0 + min(lane, count - 1)) + first * n;  // of lane's sequence
+    if (lane < count)
+        prefetch_l2(p.state.data + row,
+                    static_cast<uint32_t>(min(d - first, int64_t{kChannels}) * n * sizeof(S)));
+    const W* weight = p.weight + c * p.weight_stride;
+    Fragments fragments;
+    if constexpr (kProducts) fragments.fetch_weight(weight, p.weight_stride, 0, p.r);
+    const Constants<S, n> constants(p, first, c);
     wait_for_inputs();
 
-    if (thread < count) fetch_bulk(shared.states[thread], row, bytes, &shared.arrived);
-    float x[Of::kPairs], z[Of::kPairs];
+    // All that is to be read is asked for at once, first what is waited for first.
+    copy_B_C(p, s0, count, own);
+    const float* delta = g < count ? p.dbc.data + (s0 + g) * p.dbc.stride : nullptr;
+    if constexpr (kProducts) fragments.fetch_deltas(delta, 0, p.r);
+    Words<T, 2> x[2], z[2];
 #pragma unroll
-    for (int e = 0; e < Of::kPairs; ++e) {
-        const int64_t s = s0 + min(thread / Of::kChannels + e * Of::kSeqsOfPairs, count - 1);
-        x[e] = to_float(p.x.data[s * p.x.stride + c]);
-        z[e] = to_float(p.z.data[s * p.z.stride + c]);
+    for (int j = 0; j < 2; ++j) {
+        const int64_t s = s0 + min(2 * q + j, count - 1);
+        x[j] = load_words<2>(p.x.data + s * p.x.stride + c);
+        z[j] = load_words<2>(p.z.data + s * p.z.stride + c);
     }
-    if constexpr (kProducts) products.run(p, s0, count, shared.dots);
-    load_B_C<Params<T, W, S>, n, kSeqs>(p, s0, count, shared.B_C, shared.rstd);
-    __syncthreads();
-    make_steps<kProducts>(p, c, s0, count, x, bias, shared);
-    __syncthreads();
-    wait_barrier(&shared.arrived, 0);
-    advance(p, first, count, A, shared);
-    __syncthreads();
+    copy_states(p, row, first, count, own);
+    float dots[4] = {}, rstd[2] = {1.0f, 1.0f};
+    if constexpr (kProducts) {
+        fragments.multiply(dots, 0, p.r);
+        for (int u = kHeld; u * kRun < p.r; u += kHeld) {
+            fragments.fetch_weight(weight, p.weight_stride, u, p.r);
+            fragments.fetch_deltas(delta, u, p.r);
+            fragments.multiply(dots, u, p.r);
+        }
+    } else {
 #pragma unroll
-    for (int e = 0; e < Of::kPairs; ++e) {
-        const int s = thread / Of::kChannels + e * Of::kSeqsOfPairs;
-        if (s >= count || first + thread % Of::kChannels >= d) break;
-        const float y = fmaf(skip, x[e], shared.dots[1][s][thread % Of::kChannels]) * silu(z[e]);
-        p.y.data[(s0 + s) * p.y.stride + c] = from_float<T>(y);
+        for (int k = 0; k < 4; ++k) dots[k] = dot_of(p, c + k / 2, s0 + min(2 * q + k % 2, count - 1));
     }
+    wait_copies_but<1>();
+    __syncwarp();
+    if (p.normed) norm_B_C<Params<T, W, S>, n>(p, s0, count, own.B_C, rstd);
+    put_steps(dots, rstd, constants.bias, x, own);
+    wait_copies_but<0>();
+    __syncwarp();
+    if (threadIdx.x == 0) bring_next(p);
+    advance(p, row, first, count, constants.A, own);
+    __syncwarp();
+    if (first + 2 * g < d) put_y(p, s0, c, count, constants.skip, x, z, own);
 }
 
 // ---- Launching ----
 
-template <int n, int kSeqs, class T, class W, class S>
+template <int n, class T, class W, class S>
 void launch_many(const Exec& ex, const Params<T, W, S>& p) {
-    const dim3 blocks(blocks_for(p.A.shape[0], Tiling<S, n, kSeqs>::kChannels),
-                      blocks_for(p.x.shape[0], kSeqs));
-    launch_overlapped(ex, kOp, Many<T, W, S, n, kSeqs>, {blocks, kManyThreads}, p);
+    using U = Shared<S, n>;
+    const int64_t t = p.x.shape[0], groups = blocks_for(p.A.shape[0], kChannels),
+                  multiprocessors = ex.cuda->multiprocessors();
+    // Fewer sequences a warp, then fewer warps a block, while they do not reach every scheduler.
+    int seqs = kSeqs, warps = kManyWarps;
+    const auto units = [&] { return groups * blocks_for(t, seqs); };
+    while (seqs > 2 && units() < 4 * multiprocessors) seqs /= 2;
+    while (warps > 1 && units() / warps < 2 * multiprocessors) warps /= 2;
+    const auto kernel = Many<T, W, S, n>;
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kManyWarps * sizeof(U));
+    check(allowed, kOp);
+    launch_overlapped(ex, kOp, kernel,
+                      {blocks_for(units(), warps), static_cast<unsigned>(warps * kWarp), warps * sizeof(U)},
+                      p, seqs);
 }
 
 // Whether it was done by Many.
@@ -366,18 +412,11 @@ template <class T, class W, class S>
 bool many(const Exec& ex, const Params<T, W, S>& p) {
     constexpr int64_t kFew = 2, kStates = 16 / sizeof(S);
     const int64_t t = p.x.shape[0], d = p.A.shape[0], n = p.A.shape[1];
-    if (t <= kFew || (n != 16 && n != 32) || !packable(p.state.data, p.state.stride, kStates) ||
-        !packable(p.A.data, p.A.stride, 4))
+    const auto pairs = [](const auto& v) { return packable(v.data, v.stride, 2); };
+    if (t <= kFew || (n != 16 && n != 32) || d % 2 != 0 || !pairs(p.x) || !pairs(p.z) || !pairs(p.y) ||
+        !packable(p.state.data, p.state.stride, kStates) || !packable(p.A.data, p.A.stride, 4))
         return false;
-    // Small blocks while they do not reach every multiprocessor.
-    const bool small = d * 4 * t <= int64_t{kManyThreads} * 8 * 2 * ex.cuda->multiprocessors();
-    if (n == 32) {
-        launch_many<32, 8>(ex, p);
-    } else if (small) {
-        launch_many<16, 4>(ex, p);
-    } else {
-        launch_many<16, 8>(ex, p);
-    }
+    n == 32 ? launch_many<32>(ex, p) : launch_many<16>(ex, p);
     return true;
 }
 
@@ -385,20 +424,28 @@ template <class T, class W, class S>
 void run(const Exec& ex, const MambaStepInputs& in, const Tensor& state, const Tensor& y) {
     constexpr int V = 16 / sizeof(W);
     const Tensor& weight = in.dt_weight.weight();
-    const Params<T, W, S> p{.x = in.x.view<const T, 2>(),
-                            .z = in.z.view<const T, 2>(),
-                            .dbc = in.dbc.view<const float, 2>(),
-                            .weight = reinterpret_cast<const W*>(weight.raw()),
-                            .weight_stride = weight.stride(),
-                            .bias = in.dt_bias.data,
-                            .D = in.D.data,
-                            .A = in.A,
-                            .state = state.view<S, 3>(),
-                            .slots = in.slots.data,
-                            .y = y.view<T, 2>(),
-                            .r = static_cast<int>(weight.dim(1)),
-                            .normed = in.norm_eps.has_value(),
-                            .eps = in.norm_eps.value_or(0.0f)};
+    // With few sequences the next projection asks for its weight itself, before it waits for its inputs.
+    constexpr int64_t kLateReaders = 5;
+    const bool bring = in.next && in.x.dim(0) >= kLateReaders;
+    const Params<T, W, S> p{
+        .x = in.x.view<const T, 2>(),
+        .z = in.z.view<const T, 2>(),
+        .dbc = in.dbc.view<const float, 2>(),
+        .weight = reinterpret_cast<const W*>(weight.raw()),
+        .weight_stride = weight.stride(),
+        .bias = in.dt_bias.data,
+        .D = in.D.data,
+        .A = in.A,
+        .state = state.view<S, 3>(),
+        .slots = in.slots.data,
+        .y = y.view<T, 2>(),
+        .r = static_cast<int>(weight.dim(1)),
+        .normed = in.norm_eps.has_value(),
+        .eps = in.norm_eps.value_or(0.0f),
+        .next = bring ? in.next.raw() : nullptr,
+        .next_bytes =
+            bring ? std::min(static_cast<int64_t>(in.next.bytes()), ex.cuda->cache_bytes() / 2) / 16 * 16
+                  : 0};
     const dim3 blocks(blocks_for(p.A.shape[0] * kLanes, kFewThreads), static_cast<unsigned>(p.x.shape[0]));
     if (p.r % V == 0 && packable(p.weight, p.weight_stride, V) && packable(p.dbc.data, p.dbc.stride, 4)) {
         if (!many(ex, p)) launch_overlapped(ex, kOp, Few<T, W, S, V>, {blocks, kFewThreads}, p);

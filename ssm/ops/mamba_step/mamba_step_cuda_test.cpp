@@ -42,7 +42,8 @@ void run(const Exec& ex, const Case& c, const Operands& a) {
                        .dt_bias = a.bias.view_if<const float, 1>(),
                        .A = a.A.view<const float, 2>(),
                        .D = a.D.view_if<const float, 1>(),
-                       .slots = a.slots.view_if<const int32_t, 1>()};
+                       .slots = a.slots.view_if<const int32_t, 1>(),
+                       .next = a.weight};
     if (c.normed) in.norm_eps = 1e-4f;
     mamba_step(ex, in, a.state, a.y);
 }

@@ -2,6 +2,7 @@
 // and what their time steps come to. Private.
 #pragma once
 
+#include "ssm/core/cuda/async_copies.cuh"
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/sequences.cuh"
 #include "ssm/ops/ssd/ssd_fragments.cuh"
@@ -17,14 +18,6 @@ constexpr int kBand =
     128;  // columns of a state that a block has; a wider state's bands come one after another
 
 // ---- tiles
-__device__ inline void copy16(void* to, const void* from, bool inside = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(inside ? 16 : 0)
-                 : "memory");
-}
-__device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // kRows x kColumns from rows `stride` apart; zero from `rows` and `columns` on. `packed`: rows are aligned to
 // 16 bytes and `columns` is a multiple of what 16 bytes hold; then by asynchronous copies: wait_copies() and
 // a barrier before use.
