@@ -175,7 +175,9 @@ void LanguageModel::step(Ctx& ctx, const Tensor& ids, ModelState& state, const T
     const auto weight = [](const Parameter& p) { return p.value().view<const float, 1>(); };
     for (size_t i = 0; i < blocks_.size(); ++i) {
         Block& block = blocks_[i];
-        block.mixer->step(ctx, {weight(block.norm_weight), spec_.norm_eps}, residual, *state.layers[i]);
+        const Tensor& next =
+            i + 1 < blocks_.size() ? blocks_[i + 1].mixer->first_weight() : packed_head().weight();
+        block.mixer->step(ctx, {weight(block.norm_weight), spec_.norm_eps}, residual, *state.layers[i], next);
     }
     norm_linear(ctx.exec,
                 {.x = residual,

@@ -65,7 +65,8 @@ Var MambaMixer::forward(Ctx& ctx, const Var& u, MixerState* state) {
     return out;
 }
 
-void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {
+void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state,
+                      const Tensor& next) {
     const auto& c = config_;
     const auto& s = static_cast<MambaState&>(state);
     const Exec& ex = ctx.exec;
@@ -84,10 +85,11 @@ void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, M
                 .A = A_.value().view<const float, 2>(),
                 .D = D_.value().view<const float, 1>(),
                 .norm_eps = c.bcdt_norm_eps,
-                .slots = ctx.slots},
+                .slots = ctx.slots,
+                .next = out_proj_.weight.value()},
                s.ssm, y);
     norm_linear(ex, {.x = y, .weight = out_proj_.packed(), .bias = out_proj_.bias_view()}, residual,
-                {.add = true});
+                {.add = true, .next = next});
 }
 
 std::unique_ptr<MixerState> MambaMixer::new_state(const Exec& ex, int64_t s, const StateTypes& types) const {

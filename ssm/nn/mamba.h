@@ -39,7 +39,9 @@ class MambaMixer final : public Mixer {
 public:
     explicit MambaMixer(const MambaConfig& config);
     Var forward(Ctx& ctx, const Var& u, MixerState* state) override;
-    void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) override;
+    void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state,
+              const Tensor& next) override;
+    const Tensor& first_weight() const override { return in_proj_.weight.value(); }
     std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s, const StateTypes& types) const override;
     void visit(const std::string& prefix, const ParameterVisitor& f) override;
 

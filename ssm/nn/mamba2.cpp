@@ -57,7 +57,10 @@ RmsNormOptions Mamba2Mixer::gated_norm() const {
             .gate = config_.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
 }
 
-void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) {
+// Without `next`: the states, several times a layer's weights, keep the memory busy and L2 full. Measured
+// slower.
+void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state,
+                       const Tensor&) {
     const auto& c = config_;
     auto& s = static_cast<Mamba2State&>(state);
     const Exec& ex = ctx.exec;

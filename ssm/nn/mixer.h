@@ -37,8 +37,12 @@ struct Mixer {
     // step).
     virtual Var forward(Ctx& ctx, const Var& u, MixerState* state) = 0;
     // A step of the whole block: residual [t e] f32 += mixer(norm(residual)), one token of each sequence, the
-    // state's rows by ctx.slots. Inference only.
-    virtual void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state) = 0;
+    // state's rows by ctx.slots. `next`: the weight that is read first after the block, which may be brought
+    // nearer. Inference only.
+    virtual void step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state,
+                      const Tensor& next) = 0;
+    // The weight that a step reads first.
+    virtual const Tensor& first_weight() const = 0;
     // A zero state for s sequences on ex's device; nullptr for a mixer without memory (an MLP).
     virtual std::unique_ptr<MixerState> new_state(const Exec& ex, int64_t s,
                                                   const StateTypes& types) const = 0;

@@ -104,8 +104,8 @@ void check_linear(const Tensor& x, const Tensor& weight, View<const float, 1> bi
             "`y` must be f32 when `x` and `weight` are f32");
 }
 
-int64_t few_rows_limit(const Exec& ex, bool packed) {
-    if (on_gpu(ex)) return cuda::kFewRows;
+int64_t few_rows_limit(const Exec& ex, const Tensor& weight, bool packed) {
+    if (on_gpu(ex)) return weight.dtype() == DType::f32 ? 8 : large_on_gpu(weight) ? 2 : 4;
     return build::has_onednn && packed ? kFewRowsPacked : kFewRowsPlain;
 }
 
@@ -152,7 +152,7 @@ void linear_any(const Exec& ex, const Tensor& x, const Tensor& weight, View<cons
                 const Tensor& y, PackedWeight::State* packed) {
     require_device(kOp, ex);
     check_linear(x, weight, bias, y);
-    if (x.dim(0) <= few_rows_limit(ex, packed != nullptr)) {
+    if (x.dim(0) <= few_rows_limit(ex, weight, packed != nullptr)) {
         if (y.size() > 0) run_few_rows(ex, x, weight, bias, y);
         return;
     }
@@ -192,6 +192,12 @@ PackedWeight::PackedWeight(Tensor weight) {
 
 const Tensor& PackedWeight::weight() const { return state_->weight; }
 
+bool large_on_gpu(const Tensor& weight) {
+    constexpr int64_t kBytes = int64_t{8} << 20, kRowBytes = 2 << 10;
+    const int64_t row = weight.dim(1) * static_cast<int64_t>(size_of(weight.dtype()));
+    return row >= kRowBytes && weight.dim(0) * row >= kBytes;
+}
+
 void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,
             const Tensor& y) {
     require(static_cast<bool>(weight), kOp, "`weight` is absent");
@@ -209,7 +215,7 @@ void linear_add(const Exec& ex, const Tensor& x, const PackedWeight& weight, Vie
     const Tensor& w = weight.weight();
     require_shape(kOp, "y", "t o", y, {x.dim(0), w.dim(0)});
     if constexpr (kHasCuda) {
-        if (on_gpu(ex) && !bias && x.dtype() == w.dtype() && x.dim(0) > cuda::kFewRows) {
+        if (on_gpu(ex) && !bias && x.dtype() == w.dtype() && x.dim(0) > few_rows_limit(ex, w, true)) {
             require_matrix(kOp, "x", "t i", x, -1, w.dim(1));
             return product(ex, {.m = x.dim(0),
                                 .n = w.dim(0),

@@ -9,9 +9,10 @@
 // Numerics   f32 accumulation; rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
 // Cost       2 t i o FLOP. t large: oneDNN, compute bound. t small (decoding): the weight is read once,
 //            bound by memory: floor = o i sizeof(weight) / bandwidth.
-// GPU        cuBLASLt, t <= 8 a kernel of our own; a PackedWeight is the plain weight. f32 is f32 (no tf32).
-//            The first product of a shape chooses its algorithm: call once before capturing a CUDA graph.
-//            With ex.matmul == bf16 both x and weight are rounded, whatever their types (t > 8).
+// GPU        cuBLASLt; t <= 8, with a bf16 weight t <= 4 (2 if it is large_on_gpu), a kernel of our own. A
+//            PackedWeight is the plain weight. f32 is f32 (no tf32). The first product of a shape chooses its
+//            algorithm: call once before capturing a CUDA graph. With ex.matmul == bf16 both x and weight are
+//            rounded, whatever their types (t > 8).
 #pragma once
 
 #include <memory>
@@ -36,6 +37,10 @@ public:
 private:
     std::shared_ptr<State> state_;
 };
+
+// Whether a weight [o i] has 8 MiB and more in rows of 2 KiB and more: on a GPU a product of 3 rows of x is
+// then cuBLASLt's (measured: README.md).
+bool large_on_gpu(const Tensor& weight);
 
 // For weights that do not change (inference): t small takes the matrix-vector kernels, t large oneDNN on the
 // packed copy.

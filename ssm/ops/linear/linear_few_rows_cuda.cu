@@ -3,7 +3,6 @@
 // which x stays. The sums are reduced over the group by halving what each lane holds, in a fixed order.
 #include "ssm/core/cuda/context.h"
 #include "ssm/core/cuda/numbers.cuh"
-#include "ssm/core/cuda/products.cuh"
 #include "ssm/core/cuda/warp_sums.cuh"
 #include "ssm/ops/linear/linear_impl.h"
 
@@ -119,110 +118,6 @@ __global__ void __launch_bounds__(kMostThreads) Stream(const __grid_constant__ P
     store_y(p, t, row, sum);
 }
 
-// ---- On the tensor cores, for weights of bf16: up to 8 rows of x are the 8 columns of an m16n8k16 product
-// ----
-
-// What lane 4 g + q holds of 32 columns: 8 neighbouring ones, those of quarter q, of rows g and g + 8 of W
-// and of row g of x. Which column of the product they are does not matter as long as W and x agree, so every
-// load is one of 16 bytes.
-constexpr int kTileRows = 16, kTileTokens = 8, kTileColumns = 32, kMostSplits = 8;
-
-struct Bits {
-    uint32_t at[4] = {0, 0, 0, 0};  // 8 of bf16
-};
-
-__device__ inline Bits load_bits(const bf16* p) {
-    Bits b;
-    asm("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(b.at[0]), "=r"(b.at[1]), "=r"(b.at[2]), "=r"(b.at[3])
-        : "l"(p));
-    return b;
-}
-
-template <class X>
-__device__ inline Bits load_x_bits(const X* p) {
-    float x[8];
-    load_x<bf16, 8>(p, x);
-    Bits b;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const uint32_t low = from_float<bf16>(x[2 * k]).bits, high = from_float<bf16>(x[2 * k + 1]).bits;
-        b.at[k] = high << 16 | low;
-    }
-    return b;
-}
-
-// The sums of a warp: its turns at runs of U x 32 columns of 16 rows.
-template <class X, int U>
-__device__ inline void multiply_runs(const bf16* upper, const bf16* lower, const X* x_row, int64_t columns,
-                                     int64_t begin, int64_t step, float (&c)[4]) {
-    // The loop is the warp's: every lane takes part in each product.
-    for (int64_t base = begin; base < columns; base += step) {
-        Bits a[U], b[U], x[U];  // zeros past the row
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int64_t j = base + u * kTileColumns + threadIdx.x % 4 * 8;
-            if (j >= columns) continue;
-            a[u] = load_bits(upper + j);
-            b[u] = load_bits(lower + j);
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            const int64_t j = base + u * kTileColumns + threadIdx.x % 4 * 8;
-            if (j < columns) x[u] = load_x_bits(x_row + j);
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-            multiply_bf16(c, a[u].at[0], b[u].at[0], a[u].at[1], b[u].at[1], x[u].at[0], x[u].at[1]);
-            multiply_bf16(c, a[u].at[2], b[u].at[2], a[u].at[3], b[u].at[3], x[u].at[2], x[u].at[3]);
-        }
-    }
-}
-
-// A block: 16 rows of W; its warps share the columns and their sums are added in order.
-template <class X, int U>
-__global__ void __launch_bounds__(kWarp* kMostSplits) Tiles(const __grid_constant__ Params p) {
-    __shared__ float sums[kMostSplits][kTileRows * kTileTokens];
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, q = lane % 4;
-    const int warps = static_cast<int>(blockDim.x) / kWarp;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileRows;
-    const auto row = [&](int64_t r) {  // what is too much is computed, not stored
-        return static_cast<const bf16*>(p.weight) + (r < p.o ? r : p.o - 1) * p.weight_stride;
-    };
-    float c[4] = {};
-    multiply_runs<X, U>(row(first + g), row(first + g + 8),
-                        static_cast<const X*>(p.x) + (g < p.t ? g : 0) * p.x_stride, p.i,
-                        warp * U * kTileColumns, warps * U * kTileColumns, c);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) sums[warp][(2 * q + k % 2) * kTileRows + g + k / 2 * 8] = c[k];
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < kTileRows * kTileTokens;
-         i += static_cast<int>(blockDim.x)) {
-        const int t = i / kTileRows;
-        const int64_t r = first + i % kTileRows;
-        if (t >= p.t || r >= p.o) continue;
-        float sum = sums[0][i];
-        for (int w = 1; w < warps; ++w) sum += sums[w][i];
-        store_y(p, t, r, sum);
-    }
-}
-
-template <class X, int U>
-void launch_tiles(const Exec& ex, const Params& p, int64_t blocks) {
-    const int64_t most = (p.i + kTileColumns * U - 1) / (kTileColumns * U);
-    int64_t warps = 1;
-    while (warps < kMostSplits && warps < most) warps *= 2;
-    Tiles<X, U><<<static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarp), 0, stream_of(ex)>>>(p);
-    check_launch("linear");
-}
-
-template <class X>
-void choose_tiles(const Exec& ex, const Params& p) {
-    const int64_t blocks = (p.o + kTileRows - 1) / kTileRows;
-    if (p.o >= kManyRows * ex.cuda->multiprocessors()) return launch_tiles<X, 4>(ex, p, blocks);
-    launch_tiles<X, 3>(ex, p, blocks);
-}
-
 // ---- Launching ----
 
 template <class X, class W, int T, int R, int G, int N, int U>
@@ -255,14 +150,12 @@ void choose_rows(const Exec& ex, const Params& p) {
     const bool packs = p.i % kPack == 0 &&
                        packable(static_cast<const W*>(p.weight), p.weight_stride, kPack) &&
                        packable(static_cast<const X*>(p.x), p.x_stride, kPackX);
-    if constexpr (sizeof(W) == 2) {
-        const bool many = p.o >= kManyRows * ex.cuda->multiprocessors();
-        if (packs && p.t > (many ? 2 : 4) && p.i > 16 * kPack) return choose_tiles<X>(ex, p);
-    }
     if (p.t <= 1) return choose_shape<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_shape<X, W, 2>(ex, p, packs);
-    if (p.t <= 4) return choose_shape<X, W, 4>(ex, p, packs);
-    choose_shape<X, W, 8>(ex, p, packs);
+    if constexpr (sizeof(W) == 4) {
+        if (p.t > 4) return choose_shape<X, W, 8>(ex, p, packs);
+    }
+    choose_shape<X, W, 4>(ex, p, packs);
 }
 
 }  // namespace

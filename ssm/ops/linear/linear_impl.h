@@ -92,8 +92,7 @@ void convert_rows(const Exec& ex, int64_t rows, int64_t columns, const linear_de
 void add_column_sums(const Exec& ex, int64_t rows, int64_t columns, const linear_detail::Matrix& a,
                      float* sum);
 
-// linear_few_rows_cuda.cu: t <= kFewRows.
-inline constexpr int64_t kFewRows = 8;
+// linear_few_rows_cuda.cu: t <= 8, with a bf16 weight t <= 4.
 void few_rows(const Exec& ex, const linear_detail::FewRows& args);
 
 }  // namespace cuda

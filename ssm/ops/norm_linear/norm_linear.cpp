@@ -1,5 +1,6 @@
 #include "ssm/ops/norm_linear/norm_linear.h"
 
+#include "ssm/core/prefetch.h"
 #include "ssm/ops/norm_linear/norm_linear_impl.h"
 
 namespace ssm {
@@ -78,8 +79,13 @@ void norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
         if (ex.device == Device::cuda && cuda::norm_linear(ex, in, y, end)) return;
     }
     const Tensor v = in.norm ? normed(ex, in) : in.x;
-    if (end.add) return linear_add(ex, v, in.weight, in.bias, y.view<float, 2>());
-    linear(ex, v, in.weight, in.bias, y);
+    const Prefetch prefetch(ex);
+    if (end.add) {
+        linear_add(ex, v, in.weight, in.bias, y.view<float, 2>());
+    } else {
+        linear(ex, v, in.weight, in.bias, y);
+    }
+    if (end.next) prefetch.bring(end.next);
     if (!end.conv) return;
     const ConvStep& c = *end.conv;
     const Tensor x = y.columns(c.first, c.first + c.weight.shape[0]);

@@ -14,9 +14,11 @@
 // Numerics   f32 accumulation; v is rounded to the weight's type, before or after its division by the norm.
 //            rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
 // Cost       t small: bound by reading the weight once: floor = o i sizeof(weight) / bandwidth.
-// GPU        With a bf16 weight and at most one norm group t <= 32 (512 if o i <= 160 x 4096), else t <= 8:
-//            one kernel, which fetches its weights while the kernel before it ends (so that one must not have
-//            written them). Otherwise, and on the CPU, the operators one after another.
+// GPU        t <= 8, with a bf16 weight t <= 4 (2 if it is large_on_gpu), 512 if o i <= 160 x 4096 and x is
+// bf16
+//            and not normed: one kernel, which fetches its weights while the kernel before it ends (so that
+//            one must not have written them). Otherwise, and on the CPU, the operators one after another; in
+//            a captured graph end.next is then brought to L2 beside the product (prefetch.h).
 #pragma once
 
 #include <optional>
@@ -47,6 +49,7 @@ struct ConvStep {
 
 struct NormLinearEnd {
     bool add = false;
+    Tensor next = {};  // a weight that will be read after this one, or absent
     std::optional<ConvStep> conv = {};
 };
 

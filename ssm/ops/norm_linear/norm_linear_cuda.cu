@@ -142,8 +142,10 @@ template <class X, class W>
 void choose(const Exec& ex, const Params& p, bool packs) {
     if (p.t <= 1) return choose_rows<X, W, 1>(ex, p, packs);
     if (p.t <= 2) return choose_rows<X, W, 2>(ex, p, packs);
-    if (p.t <= 4) return choose_rows<X, W, 4>(ex, p, packs);
-    choose_rows<X, W, 8>(ex, p, packs);
+    if constexpr (sizeof(W) == 4) {
+        if (p.t > 4) return choose_rows<X, W, 8>(ex, p, packs);
+    }
+    choose_rows<X, W, 4>(ex, p, packs);
 }
 
 template <class T>
@@ -202,10 +204,11 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
-    if (w16 && packs && (small(ex, p, x16) || tiles(ex, p, x16) || split(ex, p, x16) || streamed(ex, p, x16)))
+    const bool large = large_on_gpu(weight);
+    if (w16 && packs && (small(ex, p, x16) || split(ex, p, x16) || (large && streamed(ex, p, x16))))
         return true;
-    if (t > kMostRows || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
-        return false;
+    const int64_t most = !w16 ? kMostRows : large ? kMostRows / 4 : kMostRows / 2;
+    if (t > most || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared) return false;
     if (x16 && w16) {
         choose<bf16, bf16>(ex, p, packs);
     } else if (w16) {

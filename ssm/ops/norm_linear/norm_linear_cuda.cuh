@@ -46,14 +46,13 @@ struct Params {
     ConvParams conv;
 };
 
-// By tensor cores, for bf16 weights and up to 32 rows of x (small weights: 512); false: it does not suit.
-bool tiles(const Exec& ex, const Params& p, bool x_is_bf16);
-// The same with W and x straight to registers, for small bf16 weights and 33 to 512 rows of bf16 x, neither
-// norm nor gate.
+// By tensor cores, for small bf16 weights and 5 to 512 rows of bf16 x, neither norm nor gate; false: it does
+// not suit.
 bool small(const Exec& ex, const Params& p, bool x_is_bf16);
 // By one round of small blocks, for small bf16 weights and up to 4 rows of x; false: it does not suit.
 bool split(const Exec& ex, const Params& p, bool x_is_bf16);
-// Through rings in shared memory, for large bf16 weights and up to 2 rows of x; false: it does not suit.
+// Through rings in shared memory, for bf16 weights that are large_on_gpu and up to 2 rows of x; false: it
+// does not suit.
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16);
 
 template <int P>

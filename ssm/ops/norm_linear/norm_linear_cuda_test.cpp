@@ -71,7 +71,7 @@ void run(const Exec& ex, const Case& c, const Operands& a) {
                         .bias = a.bias.view_if<const float, 1>()};
     if (c.groups > 0) in.norm = RmsNormOptions{.eps = 1e-3f, .groups = c.groups, .gate = c.gate};
     if (a.z) in.z = a.z.columns(c.apart, c.apart + c.i);
-    NormLinearEnd end{.add = c.add};
+    NormLinearEnd end{.add = c.add, .next = a.weight};
     if (c.taps > 0)
         end.conv = ConvStep{.first = c.first,
                             .weight = a.taps.view<const float, 2>(),
@@ -182,9 +182,9 @@ TEST(NormLinearCuda, SmallWeights) {
     }
 }
 
-// Of 33 rows of x and more: x_proj's.
+// Of 5 rows of x and more: x_proj's.
 TEST(NormLinearCuda, SmallWeightsWithManyRows) {
-    for (const int64_t t : {33, 77, 128, 131, 300}) {
+    for (const int64_t t : {5, 16, 33, 77, 128, 131, 300}) {
         for (const auto& [o, i] : {std::pair<int64_t, int64_t>{80, 1536}, {160, 4096}, {5, 8192}})
             for (const int64_t apart : {0, 8, 3}) {
                 const Case c{.t = t, .o = o, .i = i, .bias = false, .apart = apart};

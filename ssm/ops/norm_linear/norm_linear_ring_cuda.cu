@@ -16,7 +16,7 @@ namespace {
 constexpr int kMostTokens = 2, kMostWarps = 10, kMostThreads = kMostWarps * kWarp;
 constexpr int kPiece = 1024 /* bytes of a row of W */, kPacks = kPiece / 16 / kWarp /* of a lane */;
 constexpr int kRing = 8 << 10 /* bytes of a warp */, kMostBytes = 112 << 10;
-constexpr int kBlocks = 2 /* of a multiprocessor */, kLeastColumns = 1024, kLeastElements = 4 << 20;
+constexpr int kBlocks = 2;  // of a multiprocessor
 
 // The ring of a warp. Its first lane asks; the pieces of a task follow each other.
 template <class W, int R>
@@ -183,7 +183,7 @@ bool choose(const Exec& ex, const Params& p) {
 }  // namespace
 
 bool streamed(const Exec& ex, const Params& p, bool x_is_bf16) {
-    if (p.t > kMostTokens || p.groups > 1 || p.i < kLeastColumns || p.o * p.i < kLeastElements) return false;
+    if (p.t > kMostTokens || p.groups > 1) return false;
     if (!x_is_bf16) return choose<float, bf16, false>(ex, p);
     if (p.groups > 0 || p.gate != Gate::none) return choose<bf16, bf16, false>(ex, p);
     return choose<bf16, bf16, true>(ex, p);

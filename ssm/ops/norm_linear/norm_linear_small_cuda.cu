@@ -19,7 +19,7 @@ constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTileRows = 16, kTileTokens = 8, kRun = 32, kQuarter = 8, kMostCluster = 8;
 constexpr int kTiles = 2, kRows = kTiles * kTileRows;  // of W, of a block
 constexpr int kRuns = 2;                               // of a warp at most
-constexpr int kFewestTokens = 33, kMostTokens = 512;
+constexpr int kFewestTokens = 5, kMostTokens = 512;
 constexpr int64_t kMostSize = 160 * 4096;  // of W
 constexpr int64_t kMostColumns = int64_t{kMostCluster} * kWarps * kRuns * kRun;
 
