@@ -57,10 +57,10 @@ RmsNormOptions Mamba2Mixer::gated_norm() const {
             .gate = config_.norm_before_gate ? RmsNormOptions::Gate::after : RmsNormOptions::Gate::before};
 }
 
-// Without `next`: the states, several times a layer's weights, keep the memory busy and L2 full. Measured
-// slower.
+// A large `next` stays where it is: beside out_proj, whose own weight comes from memory here, it made steps
+// of a 1.3B model slower (docs/decisions/0007-decoding.md).
 void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, MixerState& state,
-                       const Tensor&) {
+                       const Tensor& next) {
     const auto& c = config_;
     auto& s = static_cast<Mamba2State&>(state);
     const Exec& ex = ctx.exec;
@@ -82,7 +82,7 @@ void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, 
                  .z = projected.columns(0, d),
                  .weight = out_proj_.packed(),
                  .bias = out_proj_.bias_view()},
-                residual, {.add = true});
+                residual, {.add = true, .next = large_on_gpu(next) ? Tensor() : next});
 }
 
 std::unique_ptr<MixerState> Mamba2Mixer::new_state(const Exec& ex, int64_t s, const StateTypes& types) const {
