@@ -14,11 +14,10 @@
 // Numerics   f32 accumulation; v is rounded to the weight's type, before or after its division by the norm.
 //            rel. L2 error vs f64 <= 1e-5 (f32), 1e-2 (bf16).
 // Cost       t small: bound by reading the weight once: floor = o i sizeof(weight) / bandwidth.
-// GPU        t <= 8, with a bf16 weight t <= 4 (2 if it is large_on_gpu), 512 if o i <= 160 x 4096 and x is
-// bf16
-//            and not normed: one kernel, which fetches its weights while the kernel before it ends (so that
-//            one must not have written them). Otherwise, and on the CPU, the operators one after another; in
-//            a captured graph end.next is then brought to L2 beside the product (prefetch.h).
+// GPU        One kernel, which fetches its weights while the kernel before it ends (so that one must not have
+//            written them): t <= 8; with a bf16 weight t <= 4, 2 if it is large_on_gpu, 512 if o i <= 160 x
+//            4096 and x is bf16 and not normed. Otherwise, and on the CPU, the operators one after another;
+//            in a captured graph end.next is then brought to L2 beside the product (prefetch.h).
 #pragma once
 
 #include <optional>
