@@ -25,8 +25,8 @@ Graph Graph::capture(const Exec&, const std::function<void()>&) {
     fail(ErrorCode::unsupported, "graph", "this build has no CUDA");
 }
 void Graph::launch(const Exec&) const {}
-Prefetch::Prefetch(const Exec& ex) : ex_(ex) {}
-void Prefetch::bring(const Tensor&) const {}
+Prefetch::Prefetch(const Exec&) {}
+void Prefetch::bring(const Exec&, const Tensor&) const {}
 std::vector<Gpu> list_gpus(std::string& why) {
     why = "this build has no CUDA";
     return {};

@@ -3,7 +3,7 @@
 //
 //     const Prefetch prefetch(ex);   // from here on,
 //     linear(ex, ...);               // beside what is asked for in between,
-//     prefetch.bring(weight);        // the beginning of `weight`
+//     prefetch.bring(ex, weight);    // the beginning of `weight`
 //
 // In a captured graph (graph.h) it is a branch of its own, beside the first kernel after the mark. That one
 // is asked for before the branch is, because CUDA runs a node's first successor where it ran the node and
@@ -20,10 +20,9 @@ class Prefetch {
 public:
     explicit Prefetch(const Exec& ex);
     // At most a quarter of the cache: more would drive out what the kernels beside it read. `t` is dense.
-    void bring(const Tensor& t) const;
+    void bring(const Exec& ex, const Tensor& t) const;
 
 private:
-    const Exec& ex_;
     std::shared_ptr<void> mark_;  // absent: not in a capture
 };
 

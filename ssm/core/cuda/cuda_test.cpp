@@ -60,10 +60,10 @@ TEST(Prefetch, LeavesResultsAlone) {
     const auto work = [&](const Tensor& what) {
         const Prefetch first(ex);
         b.copy_from(a);
-        first.bring(what);
+        first.bring(ex, what);
         const Prefetch second(ex);
         c.copy_from(b);
-        second.bring(large);
+        second.bring(ex, large);
     };
     for (const Tensor& what : {large, odd, large.rows(0, 1).columns(0, 3), large.rows(0, 0)}) {
         work(what);  // not in a capture
@@ -83,7 +83,7 @@ TEST(Prefetch, ABranchOfAFailedCaptureIsForgotten) {
     const auto work = [&](bool fails) {
         const Prefetch prefetch(ex);
         b.copy_from(a);
-        prefetch.bring(a);
+        prefetch.bring(ex, a);
         if (fails) fail(ErrorCode::unsupported, "work", "stops");
     };
     EXPECT_THROW(Graph::capture(ex, [&] { work(true); }), Error);

@@ -1,5 +1,7 @@
 #include "ssm/core/prefetch.h"
 
+#include <algorithm>
+
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/numbers.cuh"
 
@@ -35,23 +37,23 @@ std::shared_ptr<void> mark(cudaStream_t stream) {
 
 }  // namespace
 
-Prefetch::Prefetch(const Exec& ex) : ex_(ex) {
+Prefetch::Prefetch(const Exec& ex) {
     if (ex.device != Device::cuda) return;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cuda::check(cudaStreamIsCapturing(cuda::stream_of(ex), &status), kWhere);
     if (status == cudaStreamCaptureStatusActive) mark_ = mark(cuda::stream_of(ex));
 }
 
-void Prefetch::bring(const Tensor& t) const {
+void Prefetch::bring(const Exec& ex, const Tensor& t) const {
     if (mark_ == nullptr) return;
     const auto bytes =
-        std::min(static_cast<int64_t>(t.bytes()), ex_.cuda->cache_bytes() / kShareOfCache) / 16 * 16;
+        std::min(static_cast<int64_t>(t.bytes()), ex.cuda->cache_bytes() / kShareOfCache) / 16 * 16;
     if (bytes == 0 || reinterpret_cast<uintptr_t>(t.raw()) % 16 != 0) return;
-    const cudaStream_t branch = ex_.cuda->branch();
+    const cudaStream_t branch = ex.cuda->branch();
     wait_for(branch, mark_);
     BringToL2<<<kBlocks, cuda::kWarp, 0, branch>>>(t.raw(), bytes);
     cuda::check_launch(kWhere);
-    ex_.cuda->branched = true;
+    ex.cuda->branched = true;
 }
 
 namespace cuda {

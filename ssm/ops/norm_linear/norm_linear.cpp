@@ -85,7 +85,7 @@ void norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
     } else {
         linear(ex, v, in.weight, in.bias, y);
     }
-    if (end.next) prefetch.bring(end.next);
+    if (end.next) prefetch.bring(ex, end.next);
     if (!end.conv) return;
     const ConvStep& c = *end.conv;
     const Tensor x = y.columns(c.first, c.first + c.weight.shape[0]);
