@@ -1,5 +1,5 @@
-// Blocks of a cluster (launch_overlapped's `cluster`): who a block is, a barrier, reading from another's
-// shared memory. Included by .cu files only.
+// Blocks of a cluster (launch_overlapped's `cluster`): who a block is, where another has its shared memory.
+// Included by .cu files only.
 #pragma once
 
 #include <cstdint>
@@ -17,24 +17,12 @@ __device__ inline int cluster_rank() {
     return static_cast<int>(n);
 }
 
-// All threads of all blocks; what they wrote to shared memory before is seen by all after it.
-__device__ inline void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-}
-
 // Where the block `rank` has what lies at p here, p in shared memory.
 __device__ inline uint32_t address_in_rank(const void* p, int rank) {
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(p));
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
     return there;
-}
-
-__device__ inline float load_from_rank(const float* p, int rank) {
-    float x;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address_in_rank(p, rank)) : "memory");
-    return x;
 }
 
 }  // namespace ssm::cuda

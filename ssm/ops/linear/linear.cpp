@@ -105,7 +105,7 @@ void check_linear(const Tensor& x, const Tensor& weight, View<const float, 1> bi
 }
 
 int64_t few_rows_limit(const Exec& ex, const Tensor& weight, bool packed) {
-    if (on_gpu(ex)) return weight.dtype() == DType::f32 ? 8 : large_on_gpu(weight) ? 2 : 4;
+    if (on_gpu(ex)) return few_rows_on_gpu(weight);
     return build::has_onednn && packed ? kFewRowsPacked : kFewRowsPlain;
 }
 
@@ -196,6 +196,11 @@ bool large_on_gpu(const Tensor& weight) {
     constexpr int64_t kBytes = int64_t{8} << 20, kRowBytes = 2 << 10;
     const int64_t row = weight.dim(1) * static_cast<int64_t>(size_of(weight.dtype()));
     return row >= kRowBytes && weight.dim(0) * row >= kBytes;
+}
+
+int64_t few_rows_on_gpu(const Tensor& weight) {
+    if (weight.dtype() == DType::f32) return 8;
+    return large_on_gpu(weight) ? 2 : 4;
 }
 
 void linear(const Exec& ex, const Tensor& x, const PackedWeight& weight, View<const float, 1> bias,

@@ -38,9 +38,10 @@ private:
     std::shared_ptr<State> state_;
 };
 
-// Whether a weight [o i] has 8 MiB and more in rows of 2 KiB and more: on a GPU a product of 3 rows of x is
-// then cuBLASLt's (measured: README.md).
+// Whether a weight [o i] has 8 MiB and more in rows of 2 KiB and more.
 bool large_on_gpu(const Tensor& weight);
+// The most rows of x that a GPU's own kernels take; more are cuBLASLt's (measured: norm_linear's README.md).
+int64_t few_rows_on_gpu(const Tensor& weight);
 
 // For weights that do not change (inference): t small takes the matrix-vector kernels, t large oneDNN on the
 // packed copy.

@@ -204,11 +204,12 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;
-    const bool large = large_on_gpu(weight);
-    if (w16 && packs && (small(ex, p, x16) || split(ex, p, x16) || (large && streamed(ex, p, x16))))
+    if (w16 && packs &&
+        (small(ex, p, x16) || split(ex, p, x16) || (large_on_gpu(weight) && streamed(ex, p, x16))))
         return true;
-    const int64_t most = !w16 ? kMostRows : large ? kMostRows / 4 : kMostRows / 2;
-    if (t > most || kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared) return false;
+    if (t > few_rows_on_gpu(weight) ||
+        kMostRows * i * static_cast<int64_t>(size_of(weight.dtype())) > kMostShared)
+        return false;
     if (x16 && w16) {
         choose<bf16, bf16>(ex, p, packs);
     } else if (w16) {

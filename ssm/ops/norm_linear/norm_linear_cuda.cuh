@@ -27,7 +27,6 @@ struct ConvParams {
 
 struct Params {
     int64_t i, o, tasks;
-    int64_t ahead;    // bytes of W that a block asks for before its inputs are there
     int64_t v_bytes;  // of v in shared memory, in front of the rings
     int t;
     const void *x, *z;  // [t i]
