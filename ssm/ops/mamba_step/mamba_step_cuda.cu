@@ -1,6 +1,7 @@
 // CUDA kernels of mamba_step. Few sequences: 16 lanes take a channel of one; each holds a part of the row of
 // W_dt and every 16th state. Many: a warp takes 16 channels of up to 8 sequences, without a barrier; their
-// states come to shared memory while it makes the step sizes, by the tensor cores where W_dt is bf16.
+// states come to shared memory while it makes the step sizes, by the tensor cores where W_dt is bf16. The
+// other warps of a block have the same channels, so that W_dt's rows and A come from L1.
 #include "ssm/core/cuda/async_copies.cuh"
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/products.cuh"
@@ -118,7 +119,7 @@ struct Shared {
                          kParts = kChannels / kAtOnce;
     alignas(128) uint4 states[kSeqs][kParts][kWarp];
     alignas(16) float B_C[kSeqs][2 * n];
-    alignas(16) float2 steps[kSeqs][kChannels + 2];  // dt, dt x. Padded: no bank conflicts
+    alignas(16) float2 steps[kSeqs][kChannels + 2];  // dt log2 e, dt x. Padded: no bank conflicts
     alignas(16) float sums[kSeqs][kChannels + 4];    // y's
 };
 
@@ -239,7 +240,7 @@ __device__ inline void advance(const P& p, int64_t row, int64_t first, int count
 template <class S, int n>
 struct Constants {
     using U = Shared<S, n>;
-    float A[U::kParts][U::kStates];  // times log2 e
+    float A[U::kParts][U::kStates];
     float bias[2], skip[2];
 
     template <class P>
@@ -251,7 +252,7 @@ struct Constants {
             const auto words =
                 load_words<U::kStates>(p.A.data + channel * p.A.stride + lane % U::L * U::kStates);
 #pragma unroll
-            for (int k = 0; k < U::kStates; ++k) A[part][k] = words[k] * kLog2E;
+            for (int k = 0; k < U::kStates; ++k) A[part][k] = words[k];
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -286,20 +287,18 @@ __device__ inline void copy_states(const P& p, int64_t row, int64_t first, int c
     commit_copies();
 }
 
-// dt and dt x. Lane 4 g + q has W_dt delta, of sequences 2 q and 2 q + 1, for channels 2 g (dots 0, 1) and
-// 2 g + 1 (dots 2, 3).
+// dt log2 e and dt x. Lane 4 g + q has W_dt delta, of sequences 2 q and 2 q + 1, for channels 2 g (dots 0, 1)
+// and 2 g + 1 (dots 2, 3).
 template <class T, class S, int n>
 __device__ inline void put_steps(const float (&dots)[4], const float (&rstd)[2], const float (&bias)[2],
                                  const Words<T, 2> (&x)[2], Shared<S, n>& own) {
     const int g = threadIdx.x % kWarp / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-        float4 steps;
-        steps.x = softplus(fmaf(dots[j], rstd[j], bias[0]));
-        steps.y = steps.x * x[j][0];
-        steps.z = softplus(fmaf(dots[2 + j], rstd[j], bias[1]));
-        steps.w = steps.z * x[j][1];
-        *reinterpret_cast<float4*>(&own.steps[2 * q + j][2 * g]) = steps;
+        const float even = softplus(fmaf(dots[j], rstd[j], bias[0])),
+                    odd = softplus(fmaf(dots[2 + j], rstd[j], bias[1]));
+        *reinterpret_cast<float4*>(&own.steps[2 * q + j][2 * g]) =
+            make_float4(even * kLog2E, even * x[j][0], odd * kLog2E, odd * x[j][1]);
     }
 }
 
@@ -330,18 +329,19 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 4)
     allow_next();
     const int lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
     const int64_t d = p.A.shape[0], groups = (d + kChannels - 1) / kChannels,
-                  unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp,
-                  first = unit % groups * kChannels, s0 = unit / groups * seqs, c = min(first + 2 * g, d - 2);
+                  first = blockIdx.x % groups * kChannels, c = min(first + 2 * g, d - 2),
+                  s0 = (blockIdx.x / groups * (blockDim.x / kWarp) + threadIdx.x / kWarp) * seqs;
     if (s0 >= p.x.shape[0]) return wait_for_inputs();
     const int count = static_cast<int>(min(p.x.shape[0] - s0, static_cast<int64_t>(seqs)));
     const int64_t row = p.state_of(s0 + min(lane, count - 1)) + first * n;  // of lane's sequence
-    if (lane < count)
-        prefetch_l2(p.state.data + row,
-                    static_cast<uint32_t>(min(d - first, int64_t{kChannels}) * n * sizeof(S)));
     const W* weight = p.weight + c * p.weight_stride;
     Fragments fragments;
     if constexpr (kProducts) fragments.fetch_weight(weight, p.weight_stride, 0, p.r);
     const Constants<S, n> constants(p, first, c);
+    // After the loads that need no slot: a warp asks in order, and would wait for the slot first.
+    if (lane < count)
+        prefetch_l2(p.state.data + row,
+                    static_cast<uint32_t>(min(d - first, int64_t{kChannels}) * n * sizeof(S)));
     wait_for_inputs();
 
     // All that is to be read is asked for at once, first what is waited for first.
@@ -389,16 +389,16 @@ void launch_many(const Exec& ex, const Params<T, W, S>& p) {
                   multiprocessors = ex.cuda->multiprocessors();
     // Fewer sequences a warp, then fewer warps a block, while they do not reach every scheduler.
     int seqs = kSeqs, warps = kManyWarps;
-    const auto units = [&] { return groups * blocks_for(t, seqs); };
-    while (seqs > 2 && units() < 4 * multiprocessors) seqs /= 2;
-    while (warps > 1 && units() / warps < 2 * multiprocessors) warps /= 2;
+    const auto blocks = [&] { return groups * blocks_for(t, int64_t{seqs} * warps); };
+    while (seqs > 2 && groups * blocks_for(t, seqs) < 4 * multiprocessors) seqs /= 2;
+    while (warps > 1 && (t <= seqs * warps / 2 || blocks() < 2 * multiprocessors)) warps /= 2;
     const auto kernel = Many<T, W, S, n>;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kManyWarps * sizeof(U));
     check(allowed, kOp);
-    launch_overlapped(ex, kOp, kernel,
-                      {blocks_for(units(), warps), static_cast<unsigned>(warps * kWarp), warps * sizeof(U)},
-                      p, seqs);
+    launch_overlapped(
+        ex, kOp, kernel,
+        {static_cast<unsigned>(blocks()), static_cast<unsigned>(warps * kWarp), warps * sizeof(U)}, p, seqs);
 }
 
 // Whether it was done by Many.
