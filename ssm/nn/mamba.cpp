@@ -72,7 +72,8 @@ void MambaMixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, M
     const Exec& ex = ctx.exec;
     const int64_t t = residual.dim(0);
     if (!A_) A_ = neg_exp(ctx, A_log_.var);
-    const Tensor xz = conv_.step(ctx, norm, residual, in_proj_, 0, s.conv);
+    // x_proj, which is next, has little to ask for.
+    const Tensor xz = conv_.step(ctx, norm, residual, in_proj_, 0, s.conv, /*ask_first=*/true);
     const Tensor x = xz.columns(0, c.d), dbc = Tensor::empty(ex, {t, c.r + 2 * c.n}),
                  y = Tensor::empty(ex, {t, c.d}, ctx.activation);
     norm_linear(ex, {.x = x, .weight = x_proj_.packed()}, dbc);

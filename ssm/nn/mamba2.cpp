@@ -66,7 +66,8 @@ void Mamba2Mixer::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, 
     const Exec& ex = ctx.exec;
     const int64_t d = c.d(), gn = c.g * c.n, channels = c.conv_channels();
     if (!A_) A_ = neg_exp(ctx, A_log_.var);
-    const Tensor projected = conv_.step(ctx, norm, residual, in_proj_, d, s.conv);
+    // ssd_step, which is next, asks for its states.
+    const Tensor projected = conv_.step(ctx, norm, residual, in_proj_, d, s.conv, /*ask_first=*/false);
     const auto columns = [&](int64_t begin, int64_t count) {
         return Var(projected.columns(begin, begin + count));
     };

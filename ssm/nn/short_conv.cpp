@@ -17,7 +17,7 @@ Var ShortConv::forward(Ctx& ctx, const Var& x, Tensor* state) const {
 }
 
 Tensor ShortConv::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, Linear& in_proj,
-                       int64_t first, const Tensor& state) const {
+                       int64_t first, const Tensor& state, bool ask_first) const {
     const Tensor &w = weight_.value(),
                  y = Tensor::empty(ctx.exec, {residual.dim(0), in_proj.weight.value().dim(0)},
                                    ctx.activation);
@@ -32,7 +32,7 @@ Tensor ShortConv::step(Ctx& ctx, const BlockNorm& norm, const Tensor& residual, 
                  .norm_weight = norm.weight,
                  .weight = in_proj.packed(),
                  .bias = in_proj.bias_view()},
-                y, {.conv = conv});
+                y, {.conv = conv, .ask_first = ask_first});
     return y;
 }
 

@@ -50,6 +50,9 @@ struct NormLinearEnd {
     bool add = false;
     Tensor next = {};  // a weight that will be read after this one, or absent
     std::optional<ConvStep> conv = {};
+    // A GPU asks for the first of the weight before what comes next may begin. (Else after: where that one
+    // has more to ask for, it is what should be under way first.)
+    bool ask_first = false;
 };
 
 void norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, const NormLinearEnd& end = {});

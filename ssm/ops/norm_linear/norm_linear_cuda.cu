@@ -201,6 +201,7 @@ bool norm_linear(const Exec& ex, const NormLinearInputs& in, const Tensor& y, co
                    .y_stride = y.stride(),
                    .y_is_bf16 = y.dtype() == DType::bf16,
                    .add = end.add,
+                   .ask_first = end.ask_first,
                    .conv = conv_params(end.conv)};
     const bool packs = packs_of(in.x) && packs_of(in.z) && packs_of(weight) &&
                        reinterpret_cast<uintptr_t>(p.norm_weight) % 16 == 0;

@@ -41,7 +41,7 @@ struct Params {
     const float* bias;  // [o] or absent
     void* y;            // [t o]
     int64_t y_stride;
-    bool y_is_bf16, add;
+    bool y_is_bf16, add, ask_first;
     ConvParams conv;
 };
 

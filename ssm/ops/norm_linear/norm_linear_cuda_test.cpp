@@ -19,6 +19,7 @@ struct Case {
     int64_t taps = 0, first = 0, channels = 0;  // taps 0: no convolution
     bool slots = false;
     int64_t apart = 0;  // columns before x and y in wider tensors
+    bool ask_first = false;
 };
 
 Tensor random_tensor(Random& random, const Shape& shape, DType dtype, float scale = 1.0f) {
@@ -71,7 +72,7 @@ void run(const Exec& ex, const Case& c, const Operands& a) {
                         .bias = a.bias.view_if<const float, 1>()};
     if (c.groups > 0) in.norm = RmsNormOptions{.eps = 1e-3f, .groups = c.groups, .gate = c.gate};
     if (a.z) in.z = a.z.columns(c.apart, c.apart + c.i);
-    NormLinearEnd end{.add = c.add, .next = a.weight};
+    NormLinearEnd end{.add = c.add, .next = a.weight, .ask_first = c.ask_first};
     if (c.taps > 0)
         end.conv = ConvStep{.first = c.first,
                             .weight = a.taps.view<const float, 2>(),
@@ -158,6 +159,9 @@ TEST(NormLinearCuda, LargeWeights) {
         c.apart = 8;
         expect_for_bf16_weights(c);
         c.apart = 3;
+        expect_for_bf16_weights(c);
+        c.apart = 0;
+        c.ask_first = true;
         expect_for_bf16_weights(c);
     }
 }

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(T == 1 && !kLean<X, kPlain> ? 384 : kMostThrea
     __shared__ uint64_t full[kMostWarps][Ring<W, R>::kSlots];
     __shared__ float squares[kWarps][T];
     W* v = reinterpret_cast<W*>(memory);
-    allow_next();
+    if (!p.ask_first) allow_next();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, t = lane % T;
     const int64_t turn = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
     int64_t task = static_cast<int64_t>(warp) * gridDim.x + blockIdx.x;
@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(T == 1 && !kLean<X, kPlain> ? 384 : kMostThrea
     fetch_constants(p, row, ahead);
     Pack<float, P> norm_weight[2];
     if constexpr (!kPlain) fetch_norm_weights<P>(p, 0, norm_weight);
+    if (p.ask_first) allow_next();
     wait_for_inputs();
     fetch_variables(p, row, t, ahead);
     if (warp < kWarps) stage<X, W, kPlain, T, P>(p, norm_weight, v, squares);
