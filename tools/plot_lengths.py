@@ -2,7 +2,7 @@
 """Draws over the length of one sequence the time and memory of reading it and the time of a step of writing after it,
 from the runs with --depth of a gpu.json (tools/gpu_check.sh), as SVG, by gnuplot.
 
-    tools/plot_lengths.py bench/results/2026-11-22-gpu.json docs/images/length.svg
+    tools/plot_lengths.py bench/results/2026-11-23-gpu.json docs/images/length.svg
 """
 import json
 import subprocess
