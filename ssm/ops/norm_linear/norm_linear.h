@@ -50,8 +50,8 @@ struct NormLinearEnd {
     bool add = false;
     Tensor next = {};  // a weight that will be read after this one, or absent
     std::optional<ConvStep> conv = {};
-    // A GPU asks for the first of the weight before what comes next may begin. (Else after: where that one
-    // has more to ask for, it is what should be under way first.)
+    // On a GPU the next kernel may begin once this one has asked for its weight. Without it, at once: better
+    // where that one has much to ask for (ssd_step's states).
     bool ask_first = false;
 };
 

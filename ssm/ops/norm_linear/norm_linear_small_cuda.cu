@@ -21,8 +21,8 @@ constexpr int kTiles = 2, kRows = kTiles * kTileRows;  // of W, of a block
 constexpr int kRuns = 2;                               // of a warp at most
 constexpr int kFewestTokens = 5, kMostTokens = 512;
 constexpr int64_t kMostSize = 160 * 4096;  // of W
-// With more columns the next kernel's blocks (mamba_step's, which ask for states) begin after the wait: what
-// this one asks for before it would stand behind theirs (measured: README.md).
+// With more columns the next kernel's blocks (mamba_step's, which ask for states) may begin only after the
+// wait, so that what this one asks for does not stand behind that (measured: README.md).
 constexpr int64_t kEarlyColumns = 2048;
 constexpr int64_t kMostColumns = int64_t{kMostCluster} * kWarps * kRuns * kRun;
 
