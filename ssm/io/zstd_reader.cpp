@@ -49,7 +49,6 @@ ZstdReader::ZstdReader(std::filesystem::path path) : path_(std::move(path)) {
         struct stat status {};
         if (::fstat(fd_, &status) != 0) fail_system(path_, errno);
         if (S_ISDIR(status.st_mode)) fail_system(path_, EISDIR);
-        if (S_ISREG(status.st_mode)) file_size_ = static_cast<uint64_t>(status.st_size);
         detect();
     } catch (...) {
         ::close(fd_);
@@ -128,13 +127,13 @@ size_t ZstdReader::read(std::span<char> to) {
     const size_t n = std::min(to.size(), out_end_ - out_begin_);
     std::memcpy(to.data(), out_.get() + out_begin_, n);
     out_begin_ += n;
-    text_ += n;
     return n;
 }
 
-bool ZstdReader::line(std::string& to, size_t max_bytes) {
+bool ZstdReader::line(std::string& to, bool& ended, size_t max_bytes) {
     to.clear();
-    bool any = false, ended = false;
+    bool any = false;
+    ended = false;
     while (!ended && (out_begin_ < out_end_ || fill())) {
         any = true;
         const char* begin = out_.get() + out_begin_;
@@ -149,11 +148,21 @@ bool ZstdReader::line(std::string& to, size_t max_bytes) {
         }
         to.append(begin, n);
         out_begin_ += n + (ended ? 1 : 0);
-        text_ += n + (ended ? 1 : 0);
     }
-    if (ended && to.ends_with('\r')) to.pop_back();
     lines_ += any ? 1 : 0;
     return any;
+}
+
+std::string read_whole_text(const std::filesystem::path& path, size_t max_bytes) {
+    ZstdReader reader(path);
+    std::string text, block(kBuffer, '\0');
+    while (const size_t n = reader.read(block)) {
+        if (n > max_bytes - text.size())
+            fail(ErrorCode::bad_file, "text", "{}: is longer than {} bytes", printable(path.string(), 400),
+                 max_bytes);
+        text.append(block, 0, n);
+    }
+    return text;
 }
 
 }  // namespace ssm

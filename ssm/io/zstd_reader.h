@@ -31,14 +31,10 @@ public:
 
     // The next bytes of the text, at most to.size(); 0 only at the end.
     size_t read(std::span<char> to);
-    // The next line without its "\n" or "\r\n"; false at the end. A last line need not end.
-    bool line(std::string& to, size_t max_bytes = size_t{256} << 20);
-
-    bool compressed() const { return decoder_ != nullptr; }
-    uint64_t lines() const { return lines_; }             // given out so far
-    uint64_t bytes_of_text() const { return text_; }      // given out so far
-    uint64_t bytes_of_file() const { return consumed_; }  // read so far
-    uint64_t file_size() const { return file_size_; }     // 0 when unknown (a pipe)
+    // The next line without its "\n"; false at the end. `ended`: whether there was one, which a last line
+    // need not have.
+    bool line(std::string& to, bool& ended, size_t max_bytes = size_t{256} << 20);
+    uint64_t lines() const { return lines_; }  // given out so far
 
 private:
     bool fill();      // more text into out_; false at the end
@@ -57,7 +53,10 @@ private:
     std::unique_ptr<char[]> in_, out_;
     size_t in_begin_ = 0, in_end_ = 0, out_begin_ = 0, out_end_ = 0;
     bool in_frame_ = false;
-    uint64_t lines_ = 0, text_ = 0, consumed_ = 0, file_size_ = 0;
+    uint64_t lines_ = 0, consumed_ = 0 /* bytes of the file */;
 };
+
+// A whole text. Errors as above, and "[text] PATH: is longer than M bytes".
+std::string read_whole_text(const std::filesystem::path& path, size_t max_bytes = size_t{1} << 30);
 
 }  // namespace ssm

@@ -15,6 +15,8 @@
 
 namespace ssm {
 
+class ZstdReader;
+
 struct DocumentOptions {
     std::string separator = "<|endoftext|>";
     std::string field = "text";
@@ -33,7 +35,6 @@ public:
     bool next(std::string& document);
 
 private:
-    class Lines;
     bool next_text(std::string& document);
     bool next_json(std::string& document);
     void require_utf8(const std::string& document) const;
@@ -41,7 +42,7 @@ private:
     std::filesystem::path path_;
     DocumentOptions options_;
     bool json_ = false;
-    std::unique_ptr<Lines> lines_;
+    std::unique_ptr<ZstdReader> lines_;
     int64_t number_ = 0;  // documents given so far
 };
 

@@ -3,8 +3,8 @@
 #include <fmt/core.h>
 
 #include "ssm/core/error.h"
-#include "ssm/io/tokenizer/file.h"
 #include "ssm/io/tokenizer/tokenizer.h"
+#include "ssm/io/zstd_reader.h"
 #include "ssm/train/hash.h"
 
 namespace ssm {
@@ -62,7 +62,7 @@ TextEncoder byte_encoder() {
 TextEncoder tokenizer_encoder(const std::filesystem::path& path, std::string_view end) {
     TextEncoder e;
     e.tokenizer_json =
-        tokenizer::read_file(std::filesystem::is_directory(path) ? path / "tokenizer.json" : path);
+        read_whole_text(std::filesystem::is_directory(path) ? path / "tokenizer.json" : path);
     const auto bpe = std::make_shared<const Tokenizer>(Tokenizer::load(path));
     std::optional<int32_t> id;
     for (const std::string_view name :

@@ -143,6 +143,11 @@ TEST(CliEval, JsonAndCarriedState) {
     EXPECT_EQ(of_text["tokens"], 22);
     const double bits = of_text["mean_nll"].get<double>() * 22 / std::log(2.0) / 23;
     EXPECT_NEAR(of_text["bits_per_byte"], bits, 1e-9);
+    // The same as a zstd frame of one raw block of 23 bytes.
+    const std::string frame = std::string("\x28\xb5\x2f\xfd\x20\x17\xb9\0\0", 9) + "The cat sat on the mat.";
+    const std::string packed = m.folder.file("text.zst", frame);
+    EXPECT_EQ(json_of({"eval", "--model", m.dir(), "--json", "--text", packed})["mean_nll"],
+              of_text["mean_nll"]);
 }
 
 TEST(CliVerify, PassesAndFails) {

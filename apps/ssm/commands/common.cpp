@@ -7,7 +7,7 @@
 #include <iterator>
 #include <limits>
 
-#include "ssm/io/mapped_file.h"
+#include "ssm/io/zstd_reader.h"
 
 namespace ssm::cli {
 namespace {
@@ -152,7 +152,7 @@ void print_json(const nlohmann::ordered_json& object) {
 
 std::string read_text(const std::string& path) {
     if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-    return read_text_file(path);
+    return read_whole_text(path);
 }
 
 }  // namespace ssm::cli

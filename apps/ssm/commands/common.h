@@ -54,7 +54,7 @@ std::vector<int32_t> parse_ids(const std::string& text);
 // Prints one JSON object on stdout.
 void print_json(const nlohmann::ordered_json& object);
 
-// A whole file as text, or stdin for "-".
+// A whole file as text, also .zst, or stdin for "-".
 std::string read_text(const std::string& path);
 
 }  // namespace ssm::cli

@@ -69,7 +69,7 @@ void add_eval(CLI::App& app) {
     c->add_option("--ids-type", o->ids_type, "Their type")
         ->check(CLI::IsMember({"uint16", "uint32", "u16", "u32"}))
         ->capture_default_str();
-    c->add_option("--text", o->text, "File of text; - is stdin");
+    c->add_option("--text", o->text, "File of text, also .zst; - is stdin");
     c->add_option("--window", o->evaluate.window,
                   "Predicted tokens in a window; each starts from the empty state")
         ->check(kPositive)

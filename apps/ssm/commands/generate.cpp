@@ -97,7 +97,7 @@ void add_generate(CLI::App& app) {
     c->add_option("--model", o->model, "Model folder; without it the model that ships with ssm");
     auto* prompt = c->add_option_group("prompt", "What to continue");
     prompt->add_option("--prompt", o->prompt, "Text");
-    prompt->add_option("--prompt-file", o->prompt_file, "File with text; - is stdin");
+    prompt->add_option("--prompt-file", o->prompt_file, "File with text, also .zst; - is stdin");
     prompt->add_option("--ids", o->ids, "Token ids: \"1 2 3\"");
     prompt->require_option(0, 1);
     c->add_option("-n,--tokens", o->generate.max_tokens, "New tokens at most")

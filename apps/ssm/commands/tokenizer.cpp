@@ -157,7 +157,7 @@ void add_encode_command(CLI::App& parent) {
     command->add_option("--tokenizer", o->tokenizer, "tokenizer.json or a folder with one")->required();
     auto* source = command->add_option_group("text");
     auto* text = source->add_option("--text", o->text, "The text");
-    source->add_option("--file", o->file, "A file with the text; -: standard input");
+    source->add_option("--file", o->file, "A file with the text, also .zst; -: standard input");
     source->require_option(1);
     command->add_flag("--special", o->special, "Add the tokens of the post-processor, such as <s>");
     command->add_flag("--json", o->json, "Print one JSON object with ids and tokens");

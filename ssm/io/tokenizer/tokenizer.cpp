@@ -8,11 +8,11 @@
 #include "ssm/io/tokenizer/added_tokens.h"
 #include "ssm/io/tokenizer/bpe.h"
 #include "ssm/io/tokenizer/decoder.h"
-#include "ssm/io/tokenizer/file.h"
 #include "ssm/io/tokenizer/normalizer.h"
 #include "ssm/io/tokenizer/pre_tokenizer.h"
 #include "ssm/io/tokenizer/template.h"
 #include "ssm/io/tokenizer/word_cache.h"
+#include "ssm/io/zstd_reader.h"
 
 namespace ssm {
 
@@ -141,7 +141,7 @@ Tokenizer Tokenizer::parse(std::string_view json) {
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {
     const auto file = std::filesystem::is_directory(path) ? path / "tokenizer.json" : path;
-    const std::string json = read_file(file);
+    const std::string json = read_whole_text(file);
     try {
         return parse(json);
     } catch (const Error& error) {
