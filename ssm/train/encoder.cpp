@@ -61,8 +61,7 @@ TextEncoder byte_encoder() {
 
 TextEncoder tokenizer_encoder(const std::filesystem::path& path, std::string_view end) {
     TextEncoder e;
-    e.tokenizer_json =
-        read_whole_text(std::filesystem::is_directory(path) ? path / "tokenizer.json" : path);
+    e.tokenizer_json = read_whole_text(std::filesystem::is_directory(path) ? path / "tokenizer.json" : path);
     const auto bpe = std::make_shared<const Tokenizer>(Tokenizer::load(path));
     std::optional<int32_t> id;
     for (const std::string_view name :
