@@ -12,8 +12,10 @@ echo "== build (the first takes some minutes)"
 [[ -f build/run/build.ninja ]] || cmake --preset release -B build/run -DSSM_DEV=OFF >/dev/null
 cmake --build build/run --target ssm_command "${quiet[@]}"
 echo "== a story, by the Mamba-2 in models/stories"
-if [[ $# -eq 0 ]]; then
-    set -- --prompt "Once upon a time, there was a little" -n 420 --temperature 0.5 --top-p 0.9 --seed 26
-fi
+[[ $# -gt 0 ]] || set -- -n 420 --temperature 0.5 --top-p 0.9 --seed 26
+case " $* " in
+*" --prompt"* | *" --ids"* | *" --load-state"*) ;;
+*) set -- --prompt "Once upon a time, there was a little" "$@" ;;
+esac
 build/run/bin/ssm generate "$@"
 echo "== go on with: build/run/bin/ssm --help"
