@@ -130,10 +130,9 @@ size_t ZstdReader::read(std::span<char> to) {
     return n;
 }
 
-bool ZstdReader::line(std::string& to, bool& ended, size_t max_bytes) {
+bool ZstdReader::line(std::string& to, size_t max_bytes) {
     to.clear();
-    bool any = false;
-    ended = false;
+    bool any = false, ended = false;
     while (!ended && (out_begin_ < out_end_ || fill())) {
         any = true;
         const char* begin = out_.get() + out_begin_;

@@ -31,9 +31,8 @@ public:
 
     // The next bytes of the text, at most to.size(); 0 only at the end.
     size_t read(std::span<char> to);
-    // The next line without its "\n"; false at the end. `ended`: whether there was one, which a last line
-    // need not have.
-    bool line(std::string& to, bool& ended, size_t max_bytes = size_t{256} << 20);
+    // The next line without its "\n"; false at the end. A last line need not end.
+    bool line(std::string& to, size_t max_bytes = size_t{256} << 20);
     uint64_t lines() const { return lines_; }  // given out so far
 
 private:

@@ -32,14 +32,14 @@ bool DocumentReader::next(std::string& document) {
 bool DocumentReader::next_text(std::string& document) {
     document.clear();
     std::string line;
-    bool any = false, closed = false;
-    while (lines_->line(line, closed)) {
+    bool any = false;
+    while (lines_->line(line)) {
         any = true;
         std::string_view content = line;
         if (!content.empty() && content.back() == '\r') content.remove_suffix(1);
         if (content == options_.separator) break;
         document += line;
-        if (closed) document += '\n';
+        document += '\n';
     }
     if (!document.empty() && document.back() == '\n') document.pop_back();
     if (!document.empty() && document.back() == '\r') document.pop_back();
@@ -48,9 +48,8 @@ bool DocumentReader::next_text(std::string& document) {
 
 bool DocumentReader::next_json(std::string& document) {
     std::string line;
-    bool closed = false;
     do {
-        if (!lines_->line(line, closed)) return false;
+        if (!lines_->line(line)) return false;
     } while (line.find_first_not_of(" \t\r") == std::string::npos);
     const auto object = nlohmann::json::parse(line, nullptr, false);
     const auto field = object.is_object() ? object.find(options_.field) : object.end();

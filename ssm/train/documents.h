@@ -3,10 +3,10 @@
 //   NAME.txt    each document is followed by a line that is exactly the separator; the line breaks around
 //               that line belong to it. Text after the last separator is a document too.
 //   NAME.jsonl  one JSON object a line; the document is its string `field`.
-//   either followed by .zst (zstd, decompressed as it is read; several frames are one stream)
+//   either followed by .zst (zstd, decompressed as it is read; several frames are one stream: zstd_reader.h)
 //
-// Documents are UTF-8 (checked); empty ones are skipped. A Windows line end before or after a separator and
-// at the end of a JSON line is understood.
+// Documents are UTF-8 (checked); empty ones are skipped. A line has at most 256 MiB. A Windows line end
+// before or after a separator and at the end of a JSON line is understood.
 #pragma once
 
 #include <filesystem>
@@ -24,7 +24,8 @@ struct DocumentOptions {
 
 class DocumentReader {
 public:
-    // Throws Error: io when the file cannot be read, invalid_argument for another extension.
+    // Throws Error: io when the file cannot be read, bad_file when a .zst is not zstd, invalid_argument for
+    // another extension.
     DocumentReader(std::filesystem::path path, DocumentOptions options);
     ~DocumentReader();
     DocumentReader(const DocumentReader&) = delete;

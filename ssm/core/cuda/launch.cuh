@@ -4,9 +4,9 @@
 // A kernel launched by launch_overlapped may, before wait_for_inputs(), only read what no kernel that could
 // still run writes: weights. After it everything asked of the stream before is complete and visible, because
 // each of these kernels waits. allow_next() lets the next one begin as soon as every block of this one has
-// called it or ended; called first, it lets the next kernels fetch their weights while this one works. Memory
-// answers in the order in which it is asked: called after this kernel has asked for what it needs, it keeps
-// the next one's asking from standing in front. Which is better is measured (norm_linear's README.md).
+// called it or ended; called first, it lets the next kernels fetch their weights while this one works; called
+// after this kernel has asked for what it needs, it keeps the next one's requests from coming before. Which
+// is better has to be measured (norm_linear's README.md).
 #pragma once
 
 #include <string_view>

@@ -1,7 +1,7 @@
 // CUDA kernels of mamba_step. Few sequences: 16 lanes take a channel of one; each holds a part of the row of
 // W_dt and every 16th state. Many: a warp takes 16 channels of up to 8 sequences, without a barrier; their
 // states come to shared memory while it makes the step sizes, by the tensor cores where W_dt is bf16. The
-// other warps of a block have the same channels, so that W_dt's rows and A come from L1.
+// other warps of a block have the same channels, so that W_dt's rows and A may come from L1.
 #include "ssm/core/cuda/async_copies.cuh"
 #include "ssm/core/cuda/launch.cuh"
 #include "ssm/core/cuda/products.cuh"

@@ -50,8 +50,8 @@ struct NormLinearEnd {
     bool add = false;
     Tensor next = {};  // a weight that will be read after this one, or absent
     std::optional<ConvStep> conv = {};
-    // On a GPU the next kernel may begin once this one has asked for its weight. Without it, at once: better
-    // where that one has much to ask for (ssd_step's states).
+    // For a large bf16 weight and up to 2 rows on a GPU: the next kernel may begin once this one has asked
+    // for its weight. Without it, at once: better where that one has much to ask for (ssd_step's states).
     bool ask_first = false;
 };
 
